@@ -1,0 +1,233 @@
+"""The command line: parse, call one function, print. Data on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from portmanteau import merge
+from portmanteau.compositions import recipe as recipes
+from portmanteau.compositions import reference_page
+from portmanteau.merge import describe
+from portmanteau.merge.execute import Limits
+from portmanteau.merge.output import readable
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bars
+    from rich.progress import TaskID
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Build one good model out of many checkpoints, from a recipe kept in version control.",
+)
+
+Recipe = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Tensors made at once; the result does not depend on it.")]
+Memory = Annotated[str, typer.Option(help="Bytes in flight; the result does not depend on it.")]
+
+
+@app.command()
+def build(
+    recipe: Recipe,
+    out: Annotated[Path, typer.Argument(help="The folder to make.", show_default=False)],
+    threads: Threads = None,
+    memory: Memory = "256MiB",
+    force: Annotated[bool, typer.Option(help="Replace an earlier result.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Plan and build: write the model that a recipe asks for."""
+    loaded = recipes.load(recipe)
+    composed = recipes.compose(loaded)
+    _notes(composed.notes)
+    with _drawn_progress() as progress:
+        receipt = merge.build(
+            composed,
+            out,
+            dtype=loaded.output.dtype,
+            shard_size=loaded.output.shard_size,
+            threads=threads,
+            memory=_bytes(memory),
+            force=force,
+            recipe=loaded.text,
+            progress=progress,
+        )
+    if as_json:
+        _print_json({"out": str(out), **asdict(receipt)})
+    else:
+        _say(f"{out}: {len(receipt.outputs)} tensors in {receipt.seconds:.1f} s")
+
+
+@app.command()
+def plan(recipe: Recipe, threads: Threads = None, memory: Memory = "256MiB", as_json: Json = False) -> None:
+    """Show what a build would do, without reading any weights."""
+    loaded = recipes.load(recipe)
+    made = merge.make_plan(recipes.compose(loaded), loaded.output.dtype)
+    limits = Limits.of(threads, _bytes(memory))
+    summary = describe.plan(made, limits.in_flight(made))
+    if as_json:
+        _print_json(summary)
+        return
+    rows = [
+        (r["operator"], r["of"], r["settings"], str(r["tensors"]), readable(r["bytes"]), r["why"])
+        for r in summary["steps"]
+    ]
+    _table(("operator", "of", "settings", "tensors", "bytes", "because of"), rows)
+    for survey in summary["surveys"]:
+        typer.echo(f"survey before it: {survey['title']}, reads {readable(survey['bytes'])}")
+    typer.echo(
+        f"reads {readable(summary['bytes_read'])}, writes {readable(summary['bytes_written'])}, "
+        f"in flight at most {readable(summary['bytes_in_flight'])}"
+    )
+    _notes(made.notes)
+
+
+@app.command()
+def check(recipe: Recipe, as_json: Json = False) -> None:
+    """Check a recipe: its text, and the headers of all checkpoints that it names."""
+    loaded = recipes.load(recipe)
+    made = merge.make_plan(recipes.compose(loaded), loaded.output.dtype)
+    if as_json:
+        _print_json({"tensors": len(made.steps), "bytes": made.bytes_written, "notes": made.notes})
+    else:
+        typer.echo(f"{recipe}: good; it makes {len(made.steps)} tensors, {readable(made.bytes_written)}")
+        _notes(made.notes)
+
+
+@app.command()
+def show(
+    name: Annotated[str | None, typer.Argument(help="An operator or a composition.", show_default=False)] = None,
+    as_json: Json = False,
+) -> None:
+    """Show the operators and compositions, or one of them with its settings, formula and source."""
+    if name is None:
+        rows = reference_page.overview()
+        if as_json:
+            _print_json(rows)
+        else:
+            _table(("name", "kind", "what it does"), [(r["name"], r["kind"], r["summary"]) for r in rows])
+        return
+    entry = reference_page.entry(name)
+    if as_json:
+        _print_json(entry)
+        return
+    typer.echo(f"{entry['name']} ({entry['kind']})\n\n{entry['text']}\n\nsource: {entry['source']}\n")
+    settings = [(s["name"], s["type"], s["default"], s["description"]) for s in entry["settings"]]
+    _table(("setting", "type", "default", "meaning"), settings)
+
+
+@app.command()
+def inspect(
+    checkpoint: Annotated[str, typer.Argument(help="A folder, a file or a Hub id.", show_default=False)],
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show a checkpoint's tensors, sizes, layers and dtypes, from its headers."""
+    opened = merge.open(checkpoint)
+    found = describe.checkpoint(opened, tensors=tensors)
+    if as_json:
+        _print_json(found)
+        return
+    typer.echo(f"{checkpoint}: {found['tensors']} tensors, {found['entries']:,} entries, {readable(found['bytes'])}")
+    groups = [(r["where"], r["layers"], str(r["tensors"]), readable(r["bytes"]), r["dtypes"]) for r in found["groups"]]
+    _table(("where", "layers", "tensors", "bytes", "dtypes"), groups)
+    if tensors:
+        listed = [(r["name"], r["dtype"], str(r["shape"]), readable(r["bytes"])) for r in found["list"]]
+        _table(("tensor", "dtype", "shape", "bytes"), listed)
+
+
+def _bytes(text: str) -> int:
+    try:
+        return recipes.byte_count(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _notes(notes: Sequence[str]) -> None:
+    for note in notes:
+        _say(f"note: {note}")
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+
+def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table; as wide as it needs to be where nobody's terminal limits it."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 1000)
+    table = Table(*titles, box=box.SIMPLE_HEAD, pad_edge=False)
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    console.print(table)
+
+
+@contextmanager
+def _drawn_progress() -> Iterator[merge.Progress]:
+    """Draw bars on stderr, where that is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TextColumn("{task.fields[done]}/{task.fields[tensors]} tensors"),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        yield _Drawn(bars)
+
+
+class _Drawn(merge.Progress):
+    """Draws what a build tells."""
+
+    def __init__(self, bars: Bars) -> None:
+        self._bars = bars
+        self._task: TaskID | None = None
+        self._done = 0
+
+    def begin(self, title: str, nbytes: int, tensors: int) -> None:
+        """Begin a bar."""
+        self._done = 0
+        self._task = self._bars.add_task(title, total=nbytes, done=0, tensors=tensors)
+
+    def advance(self, nbytes: int, tensors: int = 0) -> None:
+        """Move the bar on."""
+        assert self._task is not None
+        self._done += tensors
+        self._bars.update(self._task, advance=nbytes, done=self._done)
+
+
+def main() -> None:
+    """Run the command line; a user's mistake ends with a message and status 1, an interrupt with 130."""
+    try:
+        app()
+    except merge.PortmanteauError as error:
+        _say(str(error))
+        sys.exit(1)
+    except KeyboardInterrupt:
+        _say("interrupted: nothing was written")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""Which tensors of several checkpoints meet: names aligned, shapes compared, everything that does not fit said."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from portmanteau.merge import Checkpoint, MergeError, TensorSpec
+from portmanteau.merge.companions import vocabulary
+from portmanteau.merge.dtypes import is_float, promote
+from portmanteau.merge.errors import Mistake, some
+from portmanteau.merge.names import align, matches
+from portmanteau.merge.plan import Node
+
+_HEADS = "*lm_head.weight|*embed_out.weight|*predictions.decoder.weight|*output_projection.weight"
+_KEEP = "unmatched: keep takes such tensors from the first model that has them, unmatched: drop leaves them out"
+
+Unmatched = Annotated[
+    Literal["error", "keep", "drop"],
+    Field(description="tensors that not every model has: refuse, keep from the first that has it, or drop"),
+]
+
+
+@dataclass(frozen=True)
+class Met:
+    """One output tensor and the nodes that meet in it, by the labels of their models."""
+
+    spec: TensorSpec  # as all of them promote to
+    nodes: Mapping[str, Node]
+    complete: bool  # every model has it
+
+
+@dataclass(frozen=True)
+class Matching:
+    """All output tensors, in the order of the reference, and notes on what was renamed, kept or dropped."""
+
+    tensors: Mapping[str, Met]
+    notes: tuple[str, ...]
+
+
+def match(models: Mapping[str, Checkpoint], reference: str, unmatched: str = "error") -> Matching:
+    """Bring the tensors of several checkpoints together under the names of one of them.
+
+    Raises MergeError, with every mistake found: names that not all have, shapes or vocabularies that differ.
+    """
+    named, notes = _aligned(models, reference)
+    every = list(dict.fromkeys(name for label in (reference, *models) for name in named[label]))
+    partial = {name: [label for label in models if name not in named[label]] for name in every}
+    partial = {name: lacking for name, lacking in partial.items() if lacking}
+    mistakes = [] if unmatched != "error" else _missing(models, named, partial)
+    mistakes += _different_shapes(named, every)
+    mistakes += _different_vocabularies(models, reference)
+    if mistakes:
+        raise MergeError.of(mistakes)
+    if partial:
+        verb = "kept from the first model that has them" if unmatched == "keep" else "left out"
+        notes.append(f"{len(partial)} tensors that not every model has were {verb}: {some(partial)}")
+    names = [name for name in every if name not in partial or unmatched == "keep"]
+    return Matching({name: _met(name, named, complete=name not in partial) for name in names}, tuple(notes))
+
+
+def _aligned(models: Mapping[str, Checkpoint], reference: str) -> tuple[dict[str, dict[str, Node]], list[str]]:
+    """Give every model's nodes under the names of the reference."""
+    named: dict[str, dict[str, Node]] = {}
+    notes = []
+    wanted = models[reference].specs
+    for label, model in models.items():
+        alignment = align(model.specs, wanted) if model.specs.keys() != wanted.keys() else None
+        renamed = alignment.renamed if alignment else {}
+        named[label] = {renamed.get(name, name): model.node(name) for name in model.specs}
+        if alignment:
+            notes.append(f"{label}: {len(renamed)} tensors renamed to those of {reference}: {alignment}")
+    return named, notes
+
+
+def _met(name: str, named: Mapping[str, Mapping[str, Node]], *, complete: bool) -> Met:
+    nodes = {label: found[name] for label, found in named.items() if name in found}
+    first = next(iter(nodes.values())).output
+    dtypes = [node.output.dtype for node in nodes.values()]
+    dtype = promote(dtypes) if all(is_float(kind) for kind in dtypes) else first.dtype
+    return Met(replace(first, name=name, dtype=dtype), nodes, complete)
+
+
+def _missing(
+    models: Mapping[str, Checkpoint], named: Mapping[str, Mapping[str, Node]], partial: Mapping[str, list[str]]
+) -> list[Mistake]:
+    """Say for each model what it lacks, with the likely cause."""
+    counts = {label: [(s.prefix, s.count) for s in model.layers.stacks] for label, model in models.items()}
+    if partial and len({tuple(n for _, n in count) for count in counts.values()}) > 1:
+        shown = "; ".join(f"{label} has " + ", ".join(f"{n} in {p}" for p, n in c) for label, c in counts.items())
+        return [Mistake("", f"layer counts differ: {shown}", "only models of one shape can be merged tensor by tensor")]
+    mistakes = []
+    for label in models:
+        names = [name for name, lacking in partial.items() if label in lacking]
+        if names:
+            tied = [name for name in names if matches(_HEADS, name)]
+            hint = f"its {tied[0]} is tied to the embedding, others have one of their own; {_KEEP}" if tied else _KEEP
+            mistakes.append(Mistake("", f"{label} lacks {len(names)} tensors that others have: {some(names)}", hint))
+    return mistakes
+
+
+def _different_shapes(named: Mapping[str, Mapping[str, Node]], names: list[str]) -> list[Mistake]:
+    mistakes = []
+    for name in names:
+        found = {label: nodes[name].output for label, nodes in named.items() if name in nodes}
+        if len({spec.shape for spec in found.values()}) > 1:
+            shown = ", ".join(f"{label} {list(spec.shape)}" for label, spec in found.items())
+            mistakes.append(Mistake("", f"tensor {name}: shapes differ: {shown}"))
+        elif len({is_float(spec.dtype) for spec in found.values()}) > 1:
+            shown = ", ".join(f"{label} {spec.dtype}" for label, spec in found.items())
+            mistakes.append(Mistake("", f"tensor {name}: dtypes cannot be brought together: {shown}"))
+    return mistakes
+
+
+def _different_vocabularies(models: Mapping[str, Checkpoint], reference: str) -> list[Mistake]:
+    """Compare which token each id stands for; the same files need no look inside."""
+    first = models[reference].companions
+    own: dict[str, int] | None = None
+    mistakes = []
+    for label, model in models.items():
+        if label == reference or _same_files(first.tokenizer_files, model.companions.tokenizer_files):
+            continue
+        own = vocabulary(first) if own is None else own
+        other = vocabulary(model.companions)
+        if own and other and (moved := [word for word, i in other.items() if own.get(word, i) != i]):
+            what = f"{label} and {reference} give other ids to {len(moved)} tokens: {some(map(repr, moved))}"
+            mistakes.append(Mistake("", what, "their embedding rows mean different tokens and cannot be merged"))
+    return mistakes
+
+
+def _same_files(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    names = ("tokenizer.json", "vocab.txt")
+    pairs = [(one.get(name), other.get(name)) for name in names]
+    return all(a is None or b is None or a == b or a.read_bytes() == b.read_bytes() for a, b in pairs)

@@ -1,0 +1,75 @@
+"""References to checkpoints in recipes: a name from `models` or `steps`, a path, or a Hub id with its revision."""
+
+from __future__ import annotations
+
+import functools
+import operator
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from portmanteau.merge import Checkpoint
+from portmanteau.merge.hub import is_hub_id
+
+
+class Reference(BaseModel):
+    """What stands for a checkpoint in a recipe: text alone, or the long form."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str
+    revision: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+    def local(self, folder: Path) -> Path:
+        """Give the path that it would be on this machine, relative to the recipe's folder."""
+        return folder / Path(self.path).expanduser()
+
+    def is_on_hub(self, folder: Path) -> bool:
+        """Tell whether it is no local path, and has the form of a Hub id."""
+        return not self.local(folder).exists() and is_hub_id(self.path)
+
+
+def as_reference(annotation: Any) -> Any:
+    """Put Reference in the place of Checkpoint, anywhere in an annotation."""
+    if annotation is Checkpoint:
+        return Reference
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        return Annotated[as_reference(arguments[0]), *arguments[1:]]
+    if origin in (typing.Union, types.UnionType):
+        return functools.reduce(operator.or_, map(as_reference, arguments))
+    if origin is not None and any(as_reference(one) is not one for one in arguments):
+        return origin[tuple(map(as_reference, arguments))]
+    return annotation
+
+
+def references(value: Any) -> Iterator[Reference]:
+    """Go through the references in a validated value."""
+    if isinstance(value, Reference):
+        yield value
+    elif isinstance(value, Mapping):
+        for one in value.values():
+            yield from references(one)
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from references(one)
+
+
+def replaced(value: Any, checkpoint: Callable[[Reference], Checkpoint]) -> Any:
+    """Put checkpoints in the place of references, anywhere in a validated value."""
+    if isinstance(value, Reference):
+        return checkpoint(value)
+    if isinstance(value, Mapping):
+        return {key: replaced(one, checkpoint) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(replaced(one, checkpoint) for one in value)
+    return value

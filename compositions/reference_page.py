@@ -1,0 +1,77 @@
+"""What there is to use in a recipe, read from the declarations: operators and compositions with their settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import types
+import typing
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic.fields import FieldInfo
+
+from portmanteau.merge import Checkpoint, RecipeError
+from portmanteau.merge.errors import nearest
+from portmanteau.merge.operator import Setting, operators
+
+from .composition import Composition, compositions
+
+
+def overview() -> list[dict[str, str]]:
+    """List every composition and operator with its first line."""
+    found = [(c.name, "composition", c.summary) for c in compositions().values()]
+    found += [(o.name, "operator", o.summary) for o in operators().values()]
+    return [{"name": name, "kind": kind, "summary": summary} for name, kind, summary in found]
+
+
+def entry(name: str) -> dict[str, Any]:
+    """Describe one of them. Raises RecipeError, naming the nearest, for an unknown name."""
+    if name in compositions():
+        made = compositions()[name]
+        settings = [_key(key, annotation, default) for key, (annotation, default) in made.parameters.items()]
+        return {"name": name, "kind": "composition", "text": _text(made), "source": made.source, "settings": settings}
+    if name not in operators():
+        raise RecipeError("", f"no operator or composition {name!r}", nearest(name, [*compositions(), *operators()]))
+    operator = operators()[name]
+    settings = [_setting(setting) for setting in operator.settings.values()]
+    text = inspect.getdoc(operator.apply) or ""
+    takes = {"takes": operator.roles, "needs_base": operator.needs_base, "models": operator.takes}
+    return {"name": name, "kind": "operator", "text": text, "source": operator.source, "settings": settings, **takes}
+
+
+def _text(made: Composition) -> str:
+    return inspect.getdoc(made.compose) or ""
+
+
+def _setting(setting: Setting) -> dict[str, str]:
+    kind = f"{setting.type_name}; for each model" if setting.per_model else setting.type_name
+    default = "" if setting.required else str(setting.default)
+    return {"name": setting.name, "type": kind, "default": default, "description": setting.description}
+
+
+def _key(name: str, annotation: Any, default: Any) -> dict[str, str]:
+    description = ""
+    if typing.get_origin(annotation) is Annotated:
+        fields = typing.get_args(annotation)[1:]
+        description = next((f.description for f in reversed(fields) if isinstance(f, FieldInfo) and f.description), "")
+    shown = "" if default is inspect.Parameter.empty or default is None else str(default)
+    return {"name": name, "type": _type(annotation), "default": shown, "description": description}
+
+
+def _type(annotation: Any) -> str:
+    """Write a type for people: `model`, `int`, `{bottom, top}`, `language | task`."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation is Checkpoint:
+        return "model"
+    if origin is Annotated:
+        return _type(arguments[0])
+    if origin is Literal:
+        return " | ".join(map(str, arguments))
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(_type(one) for one in arguments if one is not type(None))
+    if origin is not None and issubclass(origin, Mapping):
+        return f"{{{_type(arguments[0])}: {_type(arguments[1])}}}"
+    if dataclasses.is_dataclass(annotation):
+        return "{" + ", ".join(field.name for field in dataclasses.fields(annotation)) + "}"
+    return str(getattr(annotation, "__name__", annotation))

@@ -1,0 +1,35 @@
+"""How tensors are merged and where their bytes are: checkpoints, operators, plans, and the writing of results."""
+
+from . import operators
+from .checkpoint import Checkpoint, TensorSpec
+from .composed import Composed
+from .errors import CheckpointError, MergeError, OutputError, PortmanteauError, RecipeError
+from .execute import Progress, build
+from .operator import Operator, operator
+from .plan import Plan, Source, Step, Survey, make_plan
+from .receipt import Receipt
+from .stored import StoredCheckpoint, open
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "Composed",
+    "MergeError",
+    "Operator",
+    "OutputError",
+    "Plan",
+    "PortmanteauError",
+    "Progress",
+    "Receipt",
+    "RecipeError",
+    "Source",
+    "Step",
+    "StoredCheckpoint",
+    "Survey",
+    "TensorSpec",
+    "build",
+    "make_plan",
+    "open",
+    "operator",
+    "operators",
+]

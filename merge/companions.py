@@ -1,0 +1,121 @@
+"""The files that go with weights: config.json true to them, tokenizer, chat template, generation config, code."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from .checkpoint import TensorSpec
+from .dtypes import is_float, torch_name
+from .errors import CheckpointError
+from .names import matches
+
+CONFIG = "config.json"
+_CARRIED = "|".join(
+    (
+        "generation_config.json",
+        "tokenizer*|vocab.*|vocab*.json|merges.txt|special_tokens_map.json|added_tokens.json|*.model|*.tiktoken",
+        "chat_template.*|additional_chat_templates/*",
+        "*processor_config.json|sentence_*_config.json|modules.json|[0-9]_*/config.json",
+        "*.py|LICENSE*|NOTICE*|USE_POLICY*",
+    )
+)
+_TOKENIZER = "tokenizer*|vocab.*|vocab*.json|merges.txt|special_tokens_map.json|added_tokens.json|*.model|*.tiktoken"
+_TEMPLATES = "chat_template.*|additional_chat_templates/*"
+_INPUT_EMBEDDINGS = (
+    "*embed_tokens.weight|*word_embeddings.weight|*wte.weight|*embed_in.weight|shared.weight|*tok_embeddings.weight"
+)
+
+
+@dataclass(frozen=True)
+class Companions:
+    """The config (parsed; None where a folder has none) and the other files, by the name they have in the folder."""
+
+    config: Mapping[str, Any] | None = None
+    files: Mapping[str, Path] = field(default_factory=dict)
+
+    @property
+    def tokenizer_files(self) -> dict[str, Path]:
+        """The files that make the tokenizer and its chat template."""
+        return {name: path for name, path in self.files.items() if matches(f"{_TOKENIZER}|{_TEMPLATES}", name)}
+
+    def with_tokenizer_of(self, other: Companions) -> Companions:
+        """Take every file but the config from another checkpoint."""
+        return replace(self, files=other.files)
+
+
+def gather(folder: Path) -> Companions:
+    """Find the companions in a checkpoint's folder. Raises CheckpointError for a config that is not JSON."""
+    path = folder / CONFIG
+    config = read_json(path) if path.is_file() else None
+    found = sorted(
+        [*folder.glob("*"), *folder.glob("additional_chat_templates/*"), *folder.glob("[0-9]_*/config.json")]
+    )
+    files = {path.relative_to(folder).as_posix(): path for path in found if path.is_file()}
+    carried = {
+        name: path for name, path in files.items() if matches(_CARRIED, name) and not name.endswith(".index.json")
+    }
+    return Companions(MappingProxyType(config) if config is not None else None, MappingProxyType(carried))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises CheckpointError for anything else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as error:
+        raise CheckpointError(str(path), f"not valid JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(str(path), f"holds a JSON {type(found).__name__}, not an object")
+    return found
+
+
+def true_config(config: Mapping[str, Any], specs: Iterable[TensorSpec]) -> dict[str, Any]:
+    """Make a config say what the weights are: their dtype and the rows of their input embedding."""
+    specs = list(specs)
+    result = {key: value for key, value in config.items() if key != "_name_or_path"}
+    weight: Counter[str] = Counter()
+    for spec in specs:
+        if is_float(spec.dtype):
+            weight[spec.dtype] += spec.nbytes
+    if weight:
+        dtype = torch_name(weight.most_common(1)[0][0])
+        result["torch_dtype" if "torch_dtype" in result else "dtype"] = dtype
+    rows = {spec.shape[0] for spec in specs if len(spec.shape) == 2 and matches(_INPUT_EMBEDDINGS, spec.name)}
+    if len(rows) == 1 and isinstance(result.get("vocab_size"), int):
+        result["vocab_size"] = rows.pop()
+    return result
+
+
+def write(companions: Companions, folder: Path, specs: Iterable[TensorSpec]) -> list[str]:
+    """Write config and files beside the weights; give the names written."""
+    names = []
+    if companions.config is not None:
+        text = json.dumps(true_config(companions.config, specs), indent=2, sort_keys=True, ensure_ascii=False)
+        (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+        names.append(CONFIG)
+    for name, path in companions.files.items():
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+        names.append(name)
+    return names
+
+
+def vocabulary(companions: Companions) -> dict[str, int] | None:
+    """Give the tokenizer's map from token to id, added tokens included; None where its files do not show it."""
+    path = companions.files.get("tokenizer.json")
+    if path is not None:
+        found = read_json(path)
+        words = found.get("model", {}).get("vocab", {})
+        table = words if isinstance(words, dict) else {str(piece[0]): i for i, piece in enumerate(words)}
+        return {**table, **{token["content"]: token["id"] for token in found.get("added_tokens", ())}}
+    path = companions.files.get("vocab.txt")
+    if path is not None:
+        return {word: i for i, word in enumerate(path.read_text(encoding="utf-8").splitlines())}
+    return None

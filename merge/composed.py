@@ -1,0 +1,61 @@
+"""A checkpoint that a composition makes of others: a node for every tensor, nothing read until it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Self
+
+from .checkpoint import Checkpoint, TensorSpec
+from .companions import Companions
+from .evaluate import Evaluation, Session
+from .plan import Node, Source, Step
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Composed(Checkpoint):
+    """A checkpoint made of steps over others."""
+
+    def __init__(
+        self, label: str, nodes: Mapping[str, Node], companions: Companions, notes: tuple[str, ...] = ()
+    ) -> None:
+        """Put nodes together under the names of the result; `notes` say what a user should know of it."""
+        self.label = label
+        self.companions = companions
+        self.notes = notes
+        self._nodes = MappingProxyType(dict(nodes))
+        self.specs: Mapping[str, TensorSpec] = {
+            name: replace(node.output, name=name) for name, node in self._nodes.items()
+        }
+
+    def node(self, name: str) -> Source | Step:
+        """Give the way to make this tensor."""
+        return self._nodes[name]
+
+    def read(self, name: str, part: slice | None = None) -> Tensor:
+        """Make one tensor now, or a flat run of its entries, in its own dtype."""
+        node, spec = self._nodes[name], self.specs[name]
+        if isinstance(node, Source):
+            return node.checkpoint.read(node.spec.name, part)
+        import torch
+
+        from .dtypes import torch_dtype
+
+        if part is not None:
+            return Evaluation(Session(keep=0)).apply(node, part).to(torch_dtype(spec.dtype))
+        evaluation = Evaluation(Session())
+        result = torch.empty(spec.entries, dtype=torch_dtype(spec.dtype))
+        for span, values in evaluation.parts(node):
+            result[span] = values
+        return result.reshape(spec.shape)
+
+    def because(self, why: str) -> Self:
+        """Stamp the recipe line on those steps that have none yet."""
+        nodes = {
+            name: replace(node, why=why) if isinstance(node, Step) and not node.why else node
+            for name, node in self._nodes.items()
+        }
+        return type(self)(self.label, nodes, self.companions, self.notes)

@@ -1,0 +1,75 @@
+"""Plans and checkpoints as plain values for tables and JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from .checkpoint import Checkpoint, TensorSpec
+from .names import Stack
+from .plan import Plan
+from .receipt import choices
+
+
+def plan(made: Plan, bytes_in_flight: int) -> dict[str, Any]:
+    """Describe a plan: what kinds of steps it has, its surveys, and its bytes."""
+    steps = [
+        {
+            "operator": row["operator"],
+            "of": ", ".join(row["models"]),
+            "settings": ", ".join(f"{key}={_short(value)}" for key, value in row["settings"].items()),
+            "tensors": row["tensors"],
+            "bytes": row["bytes"],
+            "why": row["why"],
+        }
+        for row in choices(made)
+    ]
+    return {
+        "steps": steps,
+        "surveys": [{"title": survey.title, "bytes": survey.nbytes, "why": survey.why} for survey in made.surveys],
+        "notes": made.notes,
+        "tensors": len(made.steps),
+        "bytes_read": made.bytes_read,
+        "bytes_written": made.bytes_written,
+        "bytes_in_flight": bytes_in_flight,
+    }
+
+
+def _short(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, tuple):
+        return "[" + ", ".join(map(_short, value)) + "]"
+    return str(value)
+
+
+def checkpoint(opened: Checkpoint, *, tensors: bool = False) -> dict[str, Any]:
+    """Describe a checkpoint: sizes by stack of layers, and of what is outside them; every tensor if asked."""
+    groups: dict[Stack | None, list[TensorSpec]] = {}
+    for name, spec in opened.specs.items():
+        place = opened.layers.place(name)
+        groups.setdefault(place.stack if place else None, []).append(spec)
+    described = {
+        "tensors": len(opened),
+        "entries": sum(spec.entries for spec in opened.specs.values()),
+        "bytes": opened.nbytes,
+        "groups": [_group(stack, specs) for stack, specs in groups.items()],
+        "companions": sorted(opened.companions.files),
+    }
+    if tensors:
+        described["list"] = [
+            {"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape), "bytes": spec.nbytes}
+            for spec in opened.specs.values()
+        ]
+    return described
+
+
+def _group(stack: Stack | None, specs: Iterable[TensorSpec]) -> dict[str, Any]:
+    specs = list(specs)
+    return {
+        "where": stack.prefix if stack else "outside the layers",
+        "layers": str(stack.count) if stack else "",
+        "tensors": len(specs),
+        "bytes": sum(spec.nbytes for spec in specs),
+        "dtypes": ", ".join(sorted({spec.dtype for spec in specs})),
+    }

@@ -1,0 +1,235 @@
+"""Carrying out a plan: read, compute, write, in bounded memory, on a pool of threads."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import blake3
+
+from . import companions, model_card
+from .checkpoint import Checkpoint
+from .dtypes import parse
+from .errors import OutputError
+from .evaluate import GRID, LARGEST_PART, Evaluation, Session
+from .output import check_place, published, readable
+from .plan import Plan, Source, Step, make_plan
+from .receipt import Receipt, make_receipt
+from .storage import BLOCK
+from .writer import Writer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MEMORY = 256 << 20
+SHARD_SIZE = 5_000_000_000
+_SCRATCH = 6  # part-sized fp32 buffers that an operator may hold beside its inputs, for each model
+
+
+class Progress:
+    """What a build tells while it works. This one keeps silent; the command line has one that draws."""
+
+    def begin(self, title: str, nbytes: int, tensors: int) -> None:
+        """Begin a stretch of work over so many bytes and tensors."""
+
+    def advance(self, nbytes: int, tensors: int = 0) -> None:
+        """Tell that so many more are done. Called from any thread."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much of the machine a build may use: threads, and bytes in flight."""
+
+    threads: int
+    memory: int
+
+    @classmethod
+    def of(cls, threads: int | None, memory: int | None) -> Limits:
+        """Take what was asked for; else every processor that the process may use, and 256 MB."""
+        usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return cls(threads or usable, memory or MEMORY)
+
+    def session(self, plan: Plan) -> tuple[int, Session]:
+        """Choose the size of parts and how many threads the memory allows. OutputError where it is too small."""
+        entry = max((_entry_bytes(step) for step in plan.steps), default=4)
+        if entry * GRID > self.memory:
+            needed = readable(entry * GRID)
+            raise OutputError("--memory", f"{readable(self.memory)} is too small: this plan needs {needed}")
+        threads = max(1, min(self.threads, self.memory // (entry * GRID)))
+        share = self.memory // threads
+        part = max(GRID, min(LARGEST_PART, share // 2 // entry // GRID * GRID))
+        return threads, Session(part, keep=share // 2)
+
+    def in_flight(self, plan: Plan) -> int:
+        """Estimate the most bytes that a build holds at once, beside what torch itself takes."""
+        threads, session = self.session(plan)
+        largest = max((_entry_bytes(step) * min(session.part, step.output.entries) for step in plan.steps), default=0)
+        kept = session.keep if any(step.operator.measure for step in plan.steps) else 0
+        return threads * (largest + kept)
+
+
+def _entry_bytes(step: Step) -> int:
+    """Count the bytes in flight for one entry of an output, inner steps included."""
+    inner = sum(_entry_bytes(node) for node in step.inputs if isinstance(node, Step))
+    own = sum(1 for _ in step.inputs) + 1
+    return own * (1 + _SCRATCH // 2) * (8 if step.inputs.dtype in ("F64", "I64", "U64") else 4) + inner
+
+
+def build(
+    checkpoint: Checkpoint,
+    out: str | Path,
+    *,
+    dtype: str | None = None,
+    shard_size: int = SHARD_SIZE,
+    threads: int | None = None,
+    memory: int | None = None,
+    force: bool = False,
+    recipe: str | None = None,
+    progress: Progress | None = None,
+) -> Receipt:
+    """Write a checkpoint, made or stored, to a folder that transformers loads as it is.
+
+    Args:
+        checkpoint: what to write.
+        out: the folder; it appears whole, or not at all.
+        dtype: the dtype of its floats (`bfloat16`); default: what its inputs promote to.
+        shard_size: the most bytes in one file.
+        threads: how many tensors are made at once; the result does not depend on it.
+        memory: bytes in flight; the result does not depend on it.
+        force: replace an earlier result.
+        recipe: the recipe's text, for receipt and model card.
+        progress: is told how far the work is.
+
+    Raises MergeError, CheckpointError or OutputError; the first two before any weights are read, where headers show it.
+    """
+    begun, out = time.monotonic(), Path(out)
+    plan = make_plan(checkpoint, parse(dtype) if dtype else None)
+    check_place(out, nbytes=plan.bytes_written, force=force)
+    limits = Limits.of(threads, memory)
+    with published(out) as folder:
+        writer = Writer(folder, (step.output for step in plan.steps), shard_size)
+        try:
+            outputs = carry_out(plan, writer, limits, progress or Progress())
+            writer.finish()
+        finally:
+            writer.close()
+        companions.write(checkpoint.companions, folder, [step.output for step in plan.steps])
+        (folder / "README.md").write_text(model_card.text(plan, recipe), encoding="utf-8")
+        receipt = make_receipt(plan, outputs, recipe, time.monotonic() - begun)
+        receipt.write(folder)
+    return receipt
+
+
+def carry_out(plan: Plan, writer: Writer, limits: Limits, progress: Progress) -> dict[str, str]:
+    """Make every tensor of a plan and write it; give the BLAKE3 digest of each, in the plan's order."""
+    threads, session = limits.session(plan)
+    with _pool(threads, plan) as run:
+        if plan.surveys:
+            progress.begin("survey", sum(survey.nbytes for survey in plan.surveys), len(plan.surveys))
+            for survey in plan.surveys:  # in order: one may need what an earlier one found
+                session = replace(session, found={**session.found, survey: Evaluation(session).survey(survey)})
+                progress.advance(survey.nbytes, 1)
+        progress.begin("merge", plan.bytes_written, len(plan.steps))
+        checks_first = sorted(plan.steps, key=lambda step: (step.operator.name != "equal", -step.output.nbytes))
+        digests = run((_Making(step, session, writer, progress) for step in checks_first), len(plan.steps))
+    return {step.output.name: digests[step.output.name] for step in plan.steps}
+
+
+@dataclass(frozen=True)
+class _Making:
+    """The work on one output tensor: its parts in order, each made, hashed and written."""
+
+    step: Step
+    session: Session
+    writer: Writer
+    progress: Progress
+
+    def __call__(self, stopped: Callable[[], bool]) -> tuple[str, str]:
+        """Do it; give the name and the digest. Gives up between two parts once stopped."""
+        name, hasher, at = self.step.output.name, blake3.blake3(), 0
+        for data in self._bytes():
+            if stopped():
+                break
+            hasher.update(data)
+            self.writer.put(name, data, at)
+            at += len(data)
+            self.progress.advance(len(data))
+        self.progress.advance(0, 1)
+        return name, hasher.hexdigest()
+
+    def _bytes(self) -> Iterator[memoryview]:
+        if is_byte_copy(self.step):
+            return self._copied()
+        return (_raw(values) for _, values in Evaluation(self.session).parts(self.step))
+
+    def _copied(self) -> Iterator[memoryview]:
+        """Read the stored bytes, without torch where the file is safetensors."""
+        (source,) = self.step.inputs
+        assert isinstance(source, Source)
+        size, buffer = source.spec.nbytes, memoryview(bytearray(min(BLOCK, source.spec.nbytes)))
+        for at in range(0, size, BLOCK):
+            block = buffer[: min(BLOCK, size - at)]
+            source.checkpoint.read_into(source.spec.name, block, at)
+            yield block
+
+
+def is_byte_copy(step: Step) -> bool:
+    """Tell whether a step only carries stored bytes over."""
+    source = step.inputs.models[0]
+    same = step.output.dtype == source.output.dtype
+    return step.operator.name == "copy" and same and isinstance(source, Source)
+
+
+def _raw(values: Tensor) -> memoryview:
+    import torch
+
+    data: memoryview = values.contiguous().view(torch.uint8).numpy().data
+    return data
+
+
+Run = Callable[[Iterable[_Making], int], dict[str, str]]
+
+
+@contextmanager
+def _pool(threads: int, plan: Plan) -> Iterator[Run]:
+    """Give a way to run work on threads: the first error, or an interrupt, ends it soon."""
+    stop = threading.Event()
+    with _one_torch_thread(plan), ThreadPoolExecutor(threads, "merge") as pool:
+
+        def run(work: Iterable[_Making], count: int) -> dict[str, str]:
+            futures: list[Future[tuple[str, str]]] = [pool.submit(making, stop.is_set) for making in work]
+            assert len(futures) == count
+            try:
+                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+                for future in futures:
+                    if future in done and future.exception() is not None:
+                        future.result()
+                return dict(future.result() for future in futures)
+            finally:
+                stop.set()
+                pool.shutdown(wait=True, cancel_futures=True)
+
+        yield run
+
+
+@contextmanager
+def _one_torch_thread(plan: Plan) -> Iterator[None]:
+    """Let torch use one thread for each of ours. Where bytes are only copied, torch is not even imported."""
+    if all(is_byte_copy(step) for step in plan.steps) and not plan.surveys:
+        yield
+        return
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,38 @@
+"""The README of a merged model: a Hub model card with the parents, the recipe and what was done."""
+
+from __future__ import annotations
+
+import yaml
+
+from .hub import is_hub_id
+from .plan import Plan
+from .receipt import choices
+
+
+def text(plan: Plan, recipe: str | None) -> str:
+    """Write the card in Markdown, with the YAML front matter that the Hub reads."""
+    labels = [checkpoint.label for checkpoint in plan.checkpoints]
+    parents = [label.partition("@")[0] for label in labels if is_hub_id(label)]
+    front = {
+        **({"base_model": parents} if parents else {}),
+        "library_name": "transformers",
+        "tags": ["merge", "portmanteau"],
+    }
+    lines = [
+        "---",
+        yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(),
+        "---",
+        "",
+        "# A merged model",
+        "",
+    ]
+    lines += ["Built by portmanteau, without training, from:", "", *(f"- `{label}`" for label in labels), ""]
+    lines += ["| operator | models | tensors |", "|---|---|---|"]
+    for row in choices(plan):
+        lines.append(f"| {row['operator']} | {', '.join(row['models'])} | {row['tensors']} |")
+    if plan.notes:
+        lines += ["", *(f"- {note}" for note in plan.notes)]
+    if recipe is not None:
+        lines += ["", "## Recipe", "", "````yaml", recipe.rstrip(), "````"]
+    lines += ["", "`portmanteau.json` is the receipt: inputs and outputs by digest, versions, settings.", ""]
+    return "\n".join(lines)

@@ -1,0 +1,149 @@
+"""What tensor names say: which layer of which stack, which module, and how two spellings of one model align.
+
+Everything is learned from the names in a checkpoint; there is no table of architectures. A *stack* is a run of
+layers: names `PREFIX.<n>.REST` whose first number counts 0, 1, 2 … and whose layers have modules of their own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import lru_cache
+
+_LAYER = re.compile(r"(?P<prefix>(?:[^.]+\.)*?[^.\d][^.]*)\.(?P<index>\d+)\.(?P<rest>.+)")
+_ATTENTION = re.compile(r"attn|attention|self_?att|encdecatt", re.IGNORECASE)
+_NORM = re.compile(r"norm|(^|[._])ln([._\d]|$)", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """A stack of layers: the name in front of the number, and how many layers there are."""
+
+    prefix: str
+    count: int
+
+    def __str__(self) -> str:
+        """The prefix, as messages show it."""
+        return self.prefix
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a tensor lies: its stack, its layer in that stack, and its name inside the layer."""
+
+    stack: Stack
+    layer: int
+    inner: str
+
+    @property
+    def depth(self) -> float:
+        """Position between 0 (first layer) and 1 (last layer). A stack of one layer is all end."""
+        return self.layer / (self.stack.count - 1) if self.stack.count > 1 else 1.0
+
+
+class Layers:
+    """The stacks of one checkpoint, and the place of each of its tensors."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        """Learn the stacks from the names."""
+        self._found = {name: match for name in names if (match := _LAYER.fullmatch(name))}
+        indices: dict[str, set[int]] = {}
+        inside: dict[str, set[int]] = {}
+        for match in self._found.values():
+            indices.setdefault(match["prefix"], set()).add(int(match["index"]))
+            if "." in match["rest"]:  # a layer holds modules; `classifier.0.weight` is a lone module
+                inside.setdefault(match["prefix"], set()).add(int(match["index"]))
+        runs = [Stack(p, len(ns)) for p, ns in inside.items() if ns == set(range(len(ns))) and ns == indices[p]]
+        deep = [stack for stack in runs if stack.count > 1]
+        self.stacks: tuple[Stack, ...] = tuple(deep or runs)
+        self._by_prefix = {stack.prefix: stack for stack in self.stacks}
+
+    def place(self, name: str) -> Place | None:
+        """Give the tensor's place, or None for one outside the layers (embeddings, final norm, heads)."""
+        match = self._found.get(name)
+        stack = self._by_prefix.get(match["prefix"]) if match else None
+        return Place(stack, int(match["index"]), match["rest"]) if match and stack else None
+
+    def find(self, word: str) -> Stack | None:
+        """Find a stack by its prefix or by a part of it that no other stack has: `encoder` for `encoder.block`."""
+        parts = word.split(".")
+        hits = [s for s in self.stacks if s.prefix == word or _contains(s.prefix.split("."), parts)]
+        return hits[0] if len(hits) == 1 else self._by_prefix.get(word)
+
+
+def _contains(components: list[str], part: list[str]) -> bool:
+    """Tell whether the components hold the part as a run."""
+    return any(components[i : i + len(part)] == part for i in range(len(components) - len(part) + 1))
+
+
+def module(inner: str) -> str:
+    """Tell which module of its layer a tensor belongs to: `attention`, `mlp` or `norm`.
+
+    >>> module("self_attn.q_proj.weight"), module("mlp.experts.3.w1.weight"), module("input_layernorm.weight")
+    ('attention', 'mlp', 'norm')
+    >>> module("attention.output.LayerNorm.weight"), module("output.dense.weight")
+    ('norm', 'mlp')
+    """
+    if _NORM.search(inner):
+        return "norm"
+    return "attention" if _ATTENTION.search(inner) else "mlp"
+
+
+@lru_cache(maxsize=4096)
+def _alternatives(pattern: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in pattern.split("|"))
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Tell whether a shell pattern fits a tensor name; `|` separates alternatives.
+
+    >>> matches("*norm*|lm_head.*", "model.norm.weight")
+    True
+    """
+    return any(fnmatchcase(name, part) for part in _alternatives(pattern))
+
+
+@dataclass(frozen=True, slots=True)
+class Alignment:
+    """How one checkpoint's names become another's: the prefix put in front or taken away, and the renamed names."""
+
+    renamed: Mapping[str, str]  # this checkpoint's name → the reference's name
+    added: str = ""
+    removed: str = ""
+
+    def __str__(self) -> str:
+        """What was done, as the plan notes it."""
+        return f"prefix {self.added!r} added" if self.added else f"prefix {self.removed!r} removed"
+
+
+def align(names: Iterable[str], reference: Iterable[str]) -> Alignment | None:
+    """Find the prefix that brings most names onto the reference's; None where the names already fit best.
+
+    `bert.encoder.layer.0…` and `encoder.layer.0…`, `module.` and `_orig_mod.` of wrapped models are such pairs.
+    """
+    own, wanted = list(names), set(reference)
+    taken = set(own)
+    candidates = [(prefix, "") for prefix in _prefixes(wanted)] + [("", prefix) for prefix in _prefixes(own)]
+    best: Alignment | None = None
+    for added, removed in candidates:
+        renamed = {
+            name: target
+            for name in own
+            if name.startswith(removed) and name not in wanted
+            if (target := added + name.removeprefix(removed)) in wanted and target not in taken
+        }
+        if 2 * len(renamed) > len(own) and (best is None or len(renamed) > len(best.renamed)):
+            best = Alignment(renamed, added, removed)
+    return best
+
+
+def _prefixes(names: Iterable[str]) -> list[str]:
+    """Give the one- and two-part prefixes of the names, the commonest first."""
+    count: Counter[str] = Counter()
+    for name in names:
+        parts = name.split(".")
+        count.update(".".join(parts[:n]) + "." for n in (1, 2) if len(parts) > n)
+    return [prefix for prefix, _ in count.most_common()]

@@ -1,0 +1,237 @@
+"""What an operator is: a plain function from several tensors to one, its settings read from its signature.
+
+Positional parameters are tensors and their names say what they are; keyword-only parameters are settings:
+
+    models   [n, *shape]   the weights of n models
+    deltas   [n, *shape]   their weights minus the base's; the result is a delta too, and the base is added to it
+    base     [*shape]      the weights of the base
+
+An operator is applied to a flat part of a tensor at a time. Its result for an entry may depend on that entry of its
+inputs and on what its `measure` found in the whole tensor, never on where the parts begin.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Union
+
+from pydantic import TypeAdapter
+from pydantic.fields import FieldInfo
+
+from .errors import MergeError, nearest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
+
+PerModel = Union[T, Sequence[T]]  # one value for all models, or one for each
+ROLES = ("models", "deltas", "base")
+
+Parts = Iterable[tuple["Tensor", ...]]  # the positional tensors of an operator, part by part; can be gone through again
+Measure = Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Which entries of its tensor an operator is given: what it must know beyond them to give the same bits.
+
+    Attributes:
+        start: flat index of the first entry.
+        streams: a number per model, made from the tensor's and the model's names: it picks the random stream.
+        measured: what the operator's measure found in the whole tensor; None: not measured yet.
+
+    """
+
+    start: int = 0
+    streams: tuple[int, ...] = ()
+    measured: Any = None
+
+
+WHOLE = Part()
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A keyword-only parameter: its name, its type, its default, and what it means."""
+
+    name: str
+    annotation: Any  # for one model, where per_model
+    default: Any
+    description: str
+    per_model: bool
+
+    @property
+    def required(self) -> bool:
+        """Tell whether a recipe must give it."""
+        return self.default is inspect.Parameter.empty
+
+    def check(self, value: object) -> Any:
+        """Validate one value (for one model, where per_model). Raises pydantic.ValidationError."""
+        return _adapter(self.annotation).validate_python(value)
+
+    @property
+    def type_name(self) -> str:
+        """The type and bounds as help shows them: `float, > 0, ≤ 1`."""
+        plain, bounds = self.annotation, []
+        if typing.get_origin(plain) is Annotated:
+            plain, *extra = typing.get_args(plain)
+            bounds = [_bound(piece) for field in extra for piece in getattr(field, "metadata", ())]
+        if typing.get_origin(plain) is typing.Literal:
+            name = " | ".join(str(choice) for choice in typing.get_args(plain))
+        else:
+            name = plain.__name__ if isinstance(plain, type) else str(plain)
+        return ", ".join([name, *filter(None, bounds)])
+
+
+def _bound(piece: object) -> str:
+    for attribute, sign in (("gt", ">"), ("ge", "≥"), ("lt", "<"), ("le", "≤")):
+        if hasattr(piece, attribute):
+            return f"{sign} {getattr(piece, attribute):g}"
+    return ""
+
+
+@cache
+def _adapter(annotation: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(annotation)
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A registered operator: the function, what its signature says, and where it comes from."""
+
+    name: str
+    apply: Callable[..., Tensor]
+    roles: tuple[str, ...]
+    settings: Mapping[str, Setting]
+    source: str
+    laws: frozenset[str]
+    measure: Measure | None
+    takes: int | None  # exactly so many models; None: one or more
+    refuse: Callable[..., str] | None
+
+    @property
+    def needs_base(self) -> bool:
+        """Tell whether it works on a base and models."""
+        return "deltas" in self.roles or "base" in self.roles
+
+    @property
+    def on_deltas(self) -> bool:
+        """Tell whether it takes and gives deltas."""
+        return self.roles[0] == "deltas"
+
+    def refuses(self, count: int, settings: Mapping[str, Any]) -> str:
+        """Say why these settings cannot be meant for so many models; nothing where they can."""
+        if self.takes is not None and count != self.takes:
+            return f"takes exactly {self.takes} model{'s' if self.takes > 1 else ''}, and {count} are given"
+        for name, value in settings.items():
+            if isinstance(value, tuple) and len(value) != count:
+                return f"{name} has {len(value)} values for {count} models"
+        return call(self.refuse, count=count, **settings) if self.refuse else ""
+
+    @property
+    def summary(self) -> str:
+        """The first line of its docstring."""
+        return (self.apply.__doc__ or "").strip().splitlines()[0]
+
+
+LAWS = {
+    "identity": "equal models give that model back (equal deltas that delta), with the defaults",
+    "permutation": "the order of the models does not matter, up to rounding",
+    "base": "models equal to the base give the base",
+    "scaling": "scaling all inputs by a power of two scales the result",
+}
+
+_REGISTRY: dict[str, Operator] = {}
+
+
+def operator(
+    *,
+    source: str,
+    laws: Iterable[str] = (),
+    measure: Measure | None = None,
+    takes: int | None = None,
+    refuse: Callable[..., str] | None = None,
+) -> Callable[[F], F]:
+    """Register a function as the operator of its name, and hand it back unchanged.
+
+    Args:
+        source: the paper and section, or the reference code at a commit.
+        laws: the names of the laws that it obeys (`LAWS`); the law tests hold it to them.
+        measure: function of (parts, **settings) that finds in the whole tensor what `apply` needs, as `part.measured`.
+        takes: the exact number of models, where it is fixed.
+        refuse: function of (count, **settings) that says why they cannot be meant; it is asked while planning.
+
+    """
+
+    def register(function: F) -> F:
+        found = read_signature(function)
+        kept = frozenset(laws)
+        assert kept <= LAWS.keys(), f"unknown laws: {kept - LAWS.keys()}"
+        name = function.__name__
+        _REGISTRY[name] = Operator(name, function, *found, source, kept, measure, takes, refuse)
+        return function
+
+    return register
+
+
+def read_signature(function: Callable[..., Any]) -> tuple[tuple[str, ...], Mapping[str, Setting]]:
+    """Read roles (positional names) and settings (keyword-only, but for `part`) from a signature."""
+    hints = typing.get_type_hints(function, localns={"Tensor": object, "Part": Part}, include_extras=True)
+    parameters = inspect.signature(function).parameters.values()
+    roles = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
+    keyword = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "part"]
+    return roles, {p.name: _setting(p.name, hints[p.name], p.default) for p in keyword}
+
+
+def _setting(name: str, annotation: Any, default: Any) -> Setting:
+    """Take `PerModel[…]` (a union of T and Sequence[T]) and the description off an annotation."""
+    per_model = False
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        one, *others = typing.get_args(annotation)
+        if [typing.get_origin(other) for other in others] == [Sequence]:
+            annotation, per_model = one, True
+    fields = typing.get_args(annotation)[1:] if typing.get_origin(annotation) is Annotated else ()
+    description = next((f.description or "" for f in fields if isinstance(f, FieldInfo)), "")
+    return Setting(name, annotation, default, description, per_model)
+
+
+def operators() -> Mapping[str, Operator]:
+    """Give every operator by name, in alphabetical order. Finding them does not import torch."""
+    from . import operators as package
+
+    assert package.__name__
+    return {name: _REGISTRY[name] for name in sorted(_REGISTRY)}
+
+
+def find(name: str) -> Operator:
+    """Give one operator. Raises MergeError, naming the nearest, for an unknown name."""
+    known = operators()
+    if name not in known:
+        raise MergeError("", f"unknown operator {name!r}", nearest(name, known))
+    return known[name]
+
+
+def each(value: PerModel[T], count: int) -> tuple[T, ...]:
+    """Spread a per-model setting over the models.
+
+    >>> each(0.5, 2), each([0.25, 0.75], 2)
+    ((0.5, 0.5), (0.25, 0.75))
+    """
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        return (value,) * count
+    if len(value) != count:
+        raise MergeError("", f"{len(value)} values for {count} models", "give one value, or one for each model")
+    return tuple(value)
+
+
+def call(function: Callable[..., T], *arguments: Any, **settings: Any) -> T:
+    """Call a function with those of the settings that it names."""
+    named = inspect.signature(function).parameters
+    return function(*arguments, **{key: value for key, value in settings.items() if key in named})

@@ -1,0 +1,94 @@
+"""The output folder: made beside its final place under a temporary name, and published by one rename."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import OutputError
+from .receipt import RECEIPT
+from .storage import sync_folder
+
+_SLACK = 64 << 20  # room for companions and for what the file system keeps for itself
+
+
+def check_place(out: Path, *, nbytes: int, force: bool) -> None:
+    """Check, before any work, that the result can be written. Raises OutputError where it cannot."""
+    if out.exists() and not force:
+        raise OutputError(str(out), "exists already", "choose another name, or replace it with --force")
+    if out.exists() and not _is_ours(out):
+        hint = "--force replaces only what portmanteau built, or an empty folder; remove this one yourself if it may go"
+        raise OutputError(str(out), "exists, and was not built by portmanteau", hint)
+    home = _existing_parent(out)
+    if not os.access(home, os.W_OK):
+        raise OutputError(str(out), f"no right to write in {home}")
+    free = shutil.disk_usage(home).free
+    if free < nbytes + _SLACK:
+        hint = "free some space, choose another disk, or a smaller output dtype"
+        raise OutputError(str(out), f"needs {readable(nbytes + _SLACK)}, and {home} has {readable(free)} free", hint)
+
+
+def _is_ours(out: Path) -> bool:
+    return out.is_dir() and not out.is_symlink() and ((out / RECEIPT).is_file() or not any(out.iterdir()))
+
+
+def _existing_parent(out: Path) -> Path:
+    """Find the nearest folder above that exists."""
+    parent = out.absolute().parent
+    while not parent.is_dir():
+        if parent.exists():
+            raise OutputError(str(out), f"{parent} is a file")
+        parent = parent.parent
+    return parent
+
+
+@contextmanager
+def published(out: Path) -> Iterator[Path]:
+    """Give a folder to fill. It takes its final name when the block ends well; after an error nothing is left of it."""
+    out = out.absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = out.with_name(f".{out.name}.portmanteau-partial")
+    if work.exists():
+        shutil.rmtree(work)  # left over from a build that was killed
+    work.mkdir()
+    try:
+        yield work
+        sync_folder(work)
+        _rename(work, out)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    sync_folder(out.parent)
+
+
+def _rename(work: Path, out: Path) -> None:
+    """Let the finished folder take its name; an older one gives way only then, and is put back if that fails."""
+    if not out.exists():
+        work.rename(out)
+        return
+    old = out.with_name(f".{out.name}.portmanteau-replaced")
+    if old.exists():
+        shutil.rmtree(old)
+    out.rename(old)
+    try:
+        work.rename(out)
+    except BaseException:
+        old.rename(out)
+        raise
+    shutil.rmtree(old)
+
+
+def readable(nbytes: float) -> str:
+    """Write a number of bytes for people, in powers of 1000.
+
+    >>> readable(2_200_000_000), readable(512)
+    ('2.2 GB', '512 B')
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.1f} TB"

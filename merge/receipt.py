@@ -1,0 +1,97 @@
+"""What was done: the recipe, what went in, what came out, by digest; written beside the weights as portmanteau.json."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import blake3
+
+from .plan import Plan, Survey
+
+if TYPE_CHECKING:
+    from .stored import StoredCheckpoint
+
+RECEIPT = "portmanteau.json"
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """The record of one build.
+
+    Attributes:
+        recipe: the recipe's text and its digest; None for a build from Python.
+        inputs: for each checkpoint its label, revision and files with size, time (seconds) and header digest (BLAKE3).
+        outputs: tensor → BLAKE3 digest of its bytes.
+        choices: what each kind of step did, with its settings and how many tensors it made.
+        notes: what was renamed, kept or left out because the recipe said so.
+        seeds: the seeds of all random steps.
+        versions: of portmanteau, Python and torch.
+        seconds: the time that it took.
+
+    """
+
+    recipe: Mapping[str, str] | None
+    inputs: tuple[Mapping[str, Any], ...]
+    outputs: Mapping[str, str]
+    choices: tuple[Mapping[str, Any], ...]
+    notes: tuple[str, ...]
+    seeds: tuple[int, ...]
+    seconds: float
+    versions: Mapping[str, str] = field(default_factory=lambda: _versions())
+
+    def write(self, folder: Path) -> None:
+        """Write it into a folder."""
+        text = json.dumps(asdict(self), indent=2, ensure_ascii=False)
+        (folder / RECEIPT).write_text(text + "\n", encoding="utf-8")
+
+
+def make_receipt(plan: Plan, outputs: Mapping[str, str], recipe: str | None, seconds: float) -> Receipt:
+    """Put the record together."""
+    text = {"text": recipe, "digest": digest(recipe.encode())} if recipe is not None else None
+    inputs = tuple(_input(checkpoint) for checkpoint in plan.checkpoints)
+    seeds = dict.fromkeys(step.settings["seed"] for step in plan.steps if "seed" in step.settings)
+    return Receipt(text, inputs, dict(outputs), choices(plan), plan.notes, tuple(seeds), round(seconds, 3))
+
+
+def digest(data: bytes) -> str:
+    """Give the BLAKE3 digest in hexadecimal."""
+    return blake3.blake3(data).hexdigest()
+
+
+def choices(plan: Plan) -> tuple[dict[str, Any], ...]:
+    """Group the steps by what was done: operator, settings, models and the reason."""
+    groups: dict[str, dict[str, Any]] = {}
+    for step in plan.steps:
+        settings = {key: value.title if isinstance(value, Survey) else value for key, value in step.settings.items()}
+        row = {"operator": step.operator.name, "settings": settings, "models": step.labels, "why": step.why}
+        found = groups.setdefault(json.dumps(row, sort_keys=True, default=str), {**row, "tensors": 0, "bytes": 0})
+        found["tensors"] += 1
+        found["bytes"] += step.output.nbytes
+    return tuple(groups.values())
+
+
+def _input(checkpoint: StoredCheckpoint) -> dict[str, Any]:
+    files = []
+    for file in checkpoint.files:
+        status = file.path.stat()
+        files.append(
+            {"file": file.path.name, "bytes": status.st_size, "modified": status.st_mtime, "header": file.digest}
+        )
+    return {"checkpoint": checkpoint.label, "revision": checkpoint.revision, "files": files}
+
+
+def _versions() -> dict[str, str]:
+    return {"portmanteau": _version("portmanteau"), "python": platform.python_version(), "torch": _version("torch")}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,176 @@
+"""A reference (a folder, a file, a Hub id) to a checkpoint on disk. Only headers are read to open one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from . import hub
+from .checkpoint import Checkpoint, TensorSpec
+from .companions import Companions, gather, read_json
+from .errors import CheckpointError, Mistake, nearest, some
+from .plan import Source
+from .safetensors_file import SafetensorsFile
+from .torch_file import TorchFile
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_WHOLE = ("model.safetensors", "pytorch_model.bin")
+_LEGACY = (".bin", ".pt", ".pth")
+_NOT_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*)\.(bin|pt|pth)")
+
+
+class WeightFile(Protocol):
+    """What a checkpoint needs of one file of weights."""
+
+    path: Path
+    metadata: dict[str, str]
+    specs: dict[str, TensorSpec]
+
+    @property
+    def digest(self) -> str:
+        """A digest of what the file says it holds."""
+
+    def read_into(self, name: str, buffer: memoryview, at: int = 0) -> None:
+        """Fill a buffer with stored bytes of one tensor."""
+
+    def read(self, name: str, part: slice) -> Tensor:
+        """Read a flat run of entries."""
+
+
+class StoredCheckpoint(Checkpoint):
+    """A checkpoint on disk: weight files opened by their headers, and the companions in their folder."""
+
+    def __init__(
+        self, label: str, files: list[WeightFile], companions: Companions, revision: str | None = None
+    ) -> None:
+        """Put the files of one checkpoint together. Raises CheckpointError for a tensor that two of them hold."""
+        self.label = label
+        self.files = tuple(files)
+        self.companions = companions
+        self.revision = revision
+        self._file: dict[str, WeightFile] = {}
+        for file in files:
+            for name in file.specs:
+                if name in self._file:
+                    raise CheckpointError(f"{file.path}: tensor {name}", f"also in {self._file[name].path.name}")
+                self._file[name] = file
+        self.specs: Mapping[str, TensorSpec] = {name: file.specs[name] for name, file in self._file.items()}
+
+    def node(self, name: str) -> Source:
+        """Give the stored tensor."""
+        return Source(self, self.specs[name])
+
+    def read(self, name: str, part: slice | None = None) -> Tensor:
+        """Read one tensor, or a flat run of its entries."""
+        spec = self.specs[name]
+        if part is None:
+            return self._file[name].read(name, slice(0, spec.entries)).reshape(spec.shape)
+        return self._file[name].read(name, part)
+
+    def read_into(self, name: str, buffer: memoryview, at: int = 0) -> None:
+        """Fill a buffer with the tensor's stored bytes, from its byte `at` on."""
+        self._file[name].read_into(name, buffer, at)
+
+
+def open(reference: str | Path, *, revision: str | None = None, label: str | None = None) -> StoredCheckpoint:
+    """Open a folder, a `.safetensors` or `.bin` file, or a Hub id `ORG/NAME[@REVISION]`, by its headers alone.
+
+    Raises CheckpointError where there is nothing, or where what is there is not a whole checkpoint.
+    """
+    path = Path(reference).expanduser()
+    label = label or str(reference)
+    if path.is_dir():
+        return StoredCheckpoint(label, _open_folder(path), gather(path), revision)
+    if path.is_file():
+        return StoredCheckpoint(label, [_open_file(path)], gather(path.parent), revision)
+    text = str(reference)
+    if not hub.is_hub_id(text) or (isinstance(reference, Path) and path.is_absolute()):
+        known = [sibling.name for sibling in path.parent.glob("*")] if path.parent.is_dir() else []
+        hint = nearest(path.name, known) if known else f"there is no folder {path.parent} either"
+        raise CheckpointError(text, "no such file or folder", hint)
+    repository, _, tag = text.partition("@")
+    folder = hub.download(repository, revision or tag or None)
+    return StoredCheckpoint(label, _open_folder(folder), gather(folder), folder.name)
+
+
+def _open_file(path: Path) -> WeightFile:
+    if path.suffix == ".safetensors":
+        return SafetensorsFile(path)
+    if path.suffix in _LEGACY:
+        return TorchFile(path)
+    raise CheckpointError(
+        str(path), f"not a weight file: {path.suffix or 'no suffix'}", "known: .safetensors, .bin, .pt"
+    )
+
+
+def _open_folder(folder: Path) -> list[WeightFile]:
+    """Choose the weight files of a folder, in the order in which transformers would."""
+    for whole, index in zip(_WHOLE, _INDEXES, strict=True):
+        has_whole, has_index = (folder / whole).is_file(), (folder / index).is_file()
+        if has_whole and has_index:
+            hint = "one of them is left over from an earlier save: remove the one that is not meant"
+            raise CheckpointError(str(folder), f"holds both {whole} and {index}", hint)
+        if has_index:
+            return _open_shards(folder, index)
+        if has_whole:
+            return [_open_file(folder / whole)]
+    return [_open_file(_only_file(folder))]
+
+
+def _only_file(folder: Path) -> Path:
+    """Find the one weight file of a folder that names it in a way of its own."""
+    if (folder / "adapter_config.json").is_file():
+        raise CheckpointError(str(folder), "holds an adapter, not a model", "name the model that it was trained on")
+    found = sorted(folder.glob("*.safetensors"))
+    found = found or sorted(p for p in folder.glob("*") if p.suffix in _LEGACY and not _NOT_WEIGHTS.fullmatch(p.name))
+    if not found:
+        hint = "a checkpoint folder holds model.safetensors, or shards with model.safetensors.index.json"
+        raise CheckpointError(str(folder), "holds no weights", hint)
+    if len(found) > 1:
+        hint = f"shards need their {_INDEXES[0]}; or name one of the files"
+        names = some([path.name for path in found])
+        raise CheckpointError(str(folder), f"holds {len(found)} weight files and no index: {names}", hint)
+    return found[0]
+
+
+def _open_shards(folder: Path, index: str) -> list[WeightFile]:
+    """Open the shards that an index names. Every shard that is missing or not whole is reported, not only the first."""
+    path = folder / index
+    where_of = read_json(path).get("weight_map")
+    if not isinstance(where_of, dict) or not all(isinstance(name, str) for name in where_of.values()):
+        raise CheckpointError(str(path), "has no weight_map from tensor names to files")
+    mistakes: list[Mistake] = []
+    files: list[WeightFile] = []
+    for name in sorted(set(where_of.values())):
+        if Path(name).name != name or "\\" in name:
+            mistakes.append(Mistake(str(path), f"names the file {name!r}, outside its folder"))
+        elif not (folder / name).is_file():
+            mistakes.append(Mistake(str(path), f"names the file {name}, which is missing", "download the folder again"))
+        else:
+            try:
+                files.append(_open_file(folder / name))
+            except CheckpointError as error:
+                mistakes.extend(error.mistakes)
+    if not mistakes:
+        mistakes = _index_mistakes(path, where_of, files)
+    if mistakes:
+        raise CheckpointError.of(mistakes)
+    return files
+
+
+def _index_mistakes(path: Path, where_of: dict[str, str], files: list[WeightFile]) -> list[Mistake]:
+    """Compare the index with the headers of its shards, in both directions."""
+    held = {(name, file.path.name) for file in files for name in file.specs}
+    named = set(where_of.items())
+    mistakes = [
+        Mistake(str(path), f"names tensor {name} in {file}, which does not hold it")
+        for name, file in sorted(named - held)
+    ]
+    return mistakes + [
+        Mistake(str(path), f"does not name tensor {name}, which {file} holds") for name, file in sorted(held - named)
+    ]

@@ -1,0 +1,77 @@
+"""One legacy PyTorch file (`.bin`, `.pt`, `.pth`): unpickled with weights only, mapped into memory where it can be."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import blake3
+
+from .checkpoint import TensorSpec
+from .dtypes import byte_size, from_torch
+from .errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_WRAPPERS = ("state_dict", "model")  # where training frameworks put the weights of a snapshot
+
+
+class TorchFile:
+    """The tensors of a pickled state dict. Opening one imports torch: these files have no header."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the file. Raises CheckpointError for anything but tensors: no code of the file is ever run."""
+        self.path = path
+        self.metadata: dict[str, str] = {}
+        self._tensors = {name: tensor for name, tensor in _load(path).items() if _is_tensor(path, name, tensor)}
+        self.specs = {n: TensorSpec(n, from_torch(t.dtype), tuple(t.shape)) for n, t in self._tensors.items()}
+
+    @cached_property
+    def digest(self) -> str:
+        """A digest of the names, dtypes and shapes: what a safetensors header would say."""
+        return blake3.blake3(repr([*self.specs.values()]).encode()).hexdigest()
+
+    def read_into(self, name: str, buffer: memoryview, at: int = 0) -> None:
+        """Fill a buffer with the tensor's bytes, from byte `at` of the tensor on."""
+        import torch
+
+        size = byte_size(self.specs[name].dtype, 1)
+        flat = self.read(name, slice(at // size, (at + len(buffer)) // size))
+        buffer[:] = flat.view(torch.uint8).numpy().data
+
+    def read(self, name: str, part: slice) -> Tensor:
+        """Read a flat run of entries [part.stop - part.start], in the stored dtype."""
+        return self._tensors[name].reshape(-1)[part].clone()
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    """Unpickle with weights only; step into the `state_dict` of a training snapshot."""
+    import torch
+
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        hint = "save the weights as safetensors; files that carry code are never executed"
+        raise CheckpointError(str(path), f"not a PyTorch file of plain tensors ({first})", hint) from error
+    for key in _WRAPPERS:
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found = found[key]
+    if not isinstance(found, dict):
+        raise CheckpointError(str(path), f"holds a {type(found).__name__}, not a state dict")
+    return found
+
+
+def _is_tensor(path: Path, name: object, value: object) -> bool:
+    """Keep tensors, pass over the bookkeeping of state dicts, refuse what looks like anything else."""
+    import torch
+
+    if isinstance(value, torch.Tensor) and isinstance(name, str):
+        return True
+    if isinstance(name, str) and (name == "_metadata" or isinstance(value, int | float | str | bool)):
+        return False
+    raise CheckpointError(f"{path}: {name}", f"a {type(value).__name__} where a tensor was expected")

@@ -1,0 +1,98 @@
+"""Safetensors written in place: headers first, every tensor at its known offset, in any order, from any thread."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from .checkpoint import TensorSpec
+from .dtypes import DTYPES
+from .storage import PositionalFile
+
+WHOLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_METADATA = {"format": "pt"}
+_ALIGNMENT = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One output file: its name, its header, and where each of its tensors begins in the file."""
+
+    file: str
+    header: bytes
+    offsets: Mapping[str, int]
+    size: int
+
+
+def layout(specs: Iterable[TensorSpec], shard_size: int) -> tuple[Shard, ...]:
+    """Lay tensors out, in order, in shards of at most `shard_size` bytes; a larger tensor gets one of its own."""
+    groups: list[list[TensorSpec]] = [[]]
+    filled = 0
+    for spec in specs:
+        if groups[-1] and filled + spec.nbytes > shard_size:
+            groups.append([])
+            filled = 0
+        groups[-1].append(spec)
+        filled += spec.nbytes
+    count = len(groups)
+    names = [WHOLE] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+    return tuple(_shard(name, group) for name, group in zip(names, groups, strict=True))
+
+
+def _shard(file: str, specs: list[TensorSpec]) -> Shard:
+    """Lay out one file: wider dtypes first, so that every tensor is aligned to its entries."""
+    header: dict[str, object] = {"__metadata__": _METADATA}
+    starts: dict[str, int] = {}
+    end = 0
+    for spec in sorted(specs, key=lambda spec: -DTYPES[spec.dtype].bits):
+        starts[spec.name] = end
+        end += spec.nbytes
+        offsets = [starts[spec.name], end]
+        header[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": offsets}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    raw = len(text).to_bytes(8, "little") + text
+    return Shard(file, raw, {name: len(raw) + start for name, start in starts.items()}, len(raw) + end)
+
+
+class Writer:
+    """The weight files of one output folder: preallocated, then filled."""
+
+    def __init__(self, folder: Path, specs: Iterable[TensorSpec], shard_size: int) -> None:
+        """Make the files at their full size, with their headers. OSError where the disk is full."""
+        self._folder = folder
+        self.shards = layout(specs, shard_size)
+        self._place: dict[str, tuple[PositionalFile, int]] = {}
+        self._files = []
+        for shard in self.shards:
+            file = PositionalFile(folder / shard.file, size=shard.size)
+            file.write(shard.header, 0)
+            self._files.append(file)
+            self._place.update({name: (file, offset) for name, offset in shard.offsets.items()})
+
+    def put(self, name: str, data: memoryview, at: int) -> None:
+        """Write some bytes of a tensor, at byte `at` of it."""
+        file, offset = self._place[name]
+        file.write(data, offset + at)
+
+    def finish(self) -> list[str]:
+        """Write the index where there are several shards, bring everything to the disk, give the names of the files."""
+        names = [shard.file for shard in self.shards]
+        if len(names) > 1:
+            size = sum(shard.size - len(shard.header) for shard in self.shards)
+            weight_map = {name: shard.file for shard in self.shards for name in shard.offsets}
+            index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+            (self._folder / INDEX).write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            names.append(INDEX)
+        for file in self._files:
+            file.sync()
+        self.close()
+        return names
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._files:
+            file.close()
