@@ -10,7 +10,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any, TypeVar
 
-from portmanteau.merge import Checkpoint, Composed
+from portmanteau.merge import Composed
 
 F = TypeVar("F", bound=Callable[..., Composed])
 

@@ -1,0 +1,52 @@
+"""Small checkpoints made on the spot: real transformers architectures with a few thousand parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+LLAMA: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 40,
+    "max_position_embeddings": 64,
+}
+
+SaveLlama = Callable[..., Path]
+
+
+@pytest.fixture
+def save_llama(tmp_path: Path) -> SaveLlama:
+    """Give a function that saves a small random Llama as a Hugging Face folder and gives its path."""
+
+    def save(name: str, seed: int = 0, dtype: torch.dtype = torch.float32, shard: str = "1GB", **config: Any) -> Path:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(LlamaConfig(**{**LLAMA, **config})).to(dtype)
+        model.save_pretrained(tmp_path / name, max_shard_size=shard)
+        return tmp_path / name
+
+    return save
+
+
+@pytest.fixture
+def save_tensors(tmp_path: Path) -> Callable[[str, Mapping[str, Tensor]], Path]:
+    """Give a function that saves tensors as NAME/model.safetensors and gives the folder."""
+
+    def save(name: str, tensors: Mapping[str, Tensor]) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        save_file(dict(tensors), folder / "model.safetensors")
+        return folder
+
+    return save
