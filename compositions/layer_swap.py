@@ -12,8 +12,8 @@ from portmanteau.merge import Checkpoint, Composed, MergeError, Step, Survey
 from portmanteau.merge.dtypes import is_float
 from portmanteau.merge.errors import Mistake
 from portmanteau.merge.names import Place, Stack, module
-from portmanteau.merge.operator import find
-from portmanteau.merge.plan import Inputs, copy_of
+from portmanteau.merge.node import Inputs, copy_of
+from portmanteau.merge.registry import find
 from portmanteau.merge.surveys import balanced_weights
 
 from .composition import composition

@@ -13,7 +13,7 @@ from portmanteau.merge.companions import vocabulary
 from portmanteau.merge.dtypes import is_float, promote
 from portmanteau.merge.errors import Mistake, some
 from portmanteau.merge.names import align, matches
-from portmanteau.merge.plan import Node
+from portmanteau.merge.node import Node
 
 _HEADS = "*lm_head.weight|*embed_out.weight|*predictions.decoder.weight|*output_projection.weight"
 _KEEP = "unmatched: keep takes such tensors from the first model that has them, unmatched: drop leaves them out"

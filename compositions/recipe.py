@@ -17,7 +17,7 @@ from portmanteau.merge import Checkpoint, Composed, MergeError, PortmanteauError
 from portmanteau.merge import open as open_checkpoint
 from portmanteau.merge.dtypes import parse
 from portmanteau.merge.errors import Mistake, nearest
-from portmanteau.merge.operator import operators
+from portmanteau.merge.registry import operators
 
 from .composition import compositions
 from .lines import Document, KeyPath, read

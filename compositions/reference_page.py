@@ -13,7 +13,8 @@ from pydantic.fields import FieldInfo
 
 from portmanteau.merge import Checkpoint, RecipeError
 from portmanteau.merge.errors import nearest
-from portmanteau.merge.operator import Setting, operators
+from portmanteau.merge.operator import Setting
+from portmanteau.merge.registry import operators
 
 from .composition import Composition, compositions
 

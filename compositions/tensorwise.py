@@ -12,8 +12,9 @@ from portmanteau.merge import Checkpoint, Composed, MergeError, Operator, Step
 from portmanteau.merge.dtypes import is_float
 from portmanteau.merge.errors import Mistake, nearest
 from portmanteau.merge.names import Place, matches
-from portmanteau.merge.operator import Setting, find, operators
-from portmanteau.merge.plan import Inputs, copy_of
+from portmanteau.merge.node import Inputs, copy_of
+from portmanteau.merge.operator import Setting
+from portmanteau.merge.registry import find, operators
 
 from .matching import Met, match
 

@@ -1,14 +1,16 @@
 """How tensors are merged and where their bytes are: checkpoints, operators, plans, and the writing of results."""
 
 from . import operators
-from .checkpoint import Checkpoint, TensorSpec
+from .checkpoint import Checkpoint
 from .composed import Composed
 from .errors import CheckpointError, MergeError, OutputError, PortmanteauError, RecipeError
 from .execute import Progress, build
+from .node import Source, Step, Survey
 from .operator import Operator, operator
-from .plan import Plan, Source, Step, Survey, make_plan
+from .plan import Plan, make_plan
 from .receipt import Receipt
 from .stored import StoredCheckpoint, open
+from .tensor_spec import TensorSpec
 
 __all__ = [
     "Checkpoint",

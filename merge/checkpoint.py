@@ -2,41 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from .dtypes import byte_size
+from .companions import Companions, true_config
+from .errors import CheckpointError, some
 from .names import Layers
+from .node import Node
+from .tensor_spec import TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
-
-    from .companions import Companions
-    from .plan import Source, Step
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """A tensor without its entries: name, safetensors dtype name (`BF16`), shape."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def entries(self) -> int:
-        """Number of entries; 1 for a scalar."""
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes on disk."""
-        return byte_size(self.dtype, self.entries)
 
 
 class Checkpoint(ABC):
@@ -54,7 +33,7 @@ class Checkpoint(ABC):
     companions: Companions
 
     @abstractmethod
-    def node(self, name: str) -> Source | Step:
+    def node(self, name: str) -> Node:
         """Give the way to make this tensor: a stored tensor, or a step over others."""
 
     @abstractmethod
@@ -91,10 +70,28 @@ class Checkpoint(ABC):
         return sum(spec.nbytes for spec in self.specs.values())
 
     def to_model(self) -> PreTrainedModel:
-        """Make a transformers model in memory, of the class that the config names.
+        """Make the transformers model that the config names, in memory, with every tensor of this checkpoint loaded.
 
-        Raises CheckpointError where there is no config or where names do not fit the model.
+        Raises CheckpointError where there is no config, or where names are missing in the model or here.
         """
-        from .model import to_model
+        import transformers
 
-        return to_model(self)
+        if self.companions.config is None:
+            raise CheckpointError(self.label, "has no config.json, so the kind of model is not known")
+        fields = true_config(self.companions.config, self.specs.values())
+        config = transformers.AutoConfig.for_model(**fields)
+        names = fields.get("architectures") or ["AutoModel"]
+        kind = getattr(transformers, names[0], transformers.AutoModel)
+        state = {name: self.read(name) for name in self.specs}
+        model, report = kind.from_pretrained(
+            None,  # type: ignore[arg-type]  # from a state dict alone
+            config=config,
+            state_dict=state,
+            dtype=config.dtype,
+            output_loading_info=True,
+        )
+        if report["missing_keys"] or report["unexpected_keys"]:
+            names = sorted([*report["missing_keys"], *report["unexpected_keys"]])
+            raise CheckpointError(self.label, f"does not fit {kind.__name__}: {some(names)}")
+        found: PreTrainedModel = model.eval()
+        return found

@@ -11,10 +11,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from .checkpoint import TensorSpec
 from .dtypes import is_float, torch_name
 from .errors import CheckpointError
 from .names import matches
+from .tensor_spec import TensorSpec
 
 CONFIG = "config.json"
 _CARRIED = "|".join(

@@ -7,10 +7,11 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Self
 
-from .checkpoint import Checkpoint, TensorSpec
+from .checkpoint import Checkpoint
 from .companions import Companions
 from .evaluate import Evaluation, Session
-from .plan import Node, Source, Step
+from .node import Node, Source, Step
+from .tensor_spec import TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +32,7 @@ class Composed(Checkpoint):
             name: replace(node.output, name=name) for name, node in self._nodes.items()
         }
 
-    def node(self, name: str) -> Source | Step:
+    def node(self, name: str) -> Node:
         """Give the way to make this tensor."""
         return self._nodes[name]
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from .checkpoint import Checkpoint, TensorSpec
+from .checkpoint import Checkpoint
 from .names import Stack
 from .plan import Plan
 from .receipt import choices
+from .tensor_spec import TensorSpec
 
 
 def plan(made: Plan, bytes_in_flight: int) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from .dtypes import byte_size, torch_dtype
 from .errors import MergeError, Mistake, PortmanteauError
+from .node import Inputs, Node, Source, Step, Survey, sources
 from .operator import Part, call
-from .plan import Inputs, Node, Source, Step, Survey, sources
 
 if TYPE_CHECKING:
     import torch

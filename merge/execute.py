@@ -19,8 +19,9 @@ from .checkpoint import Checkpoint
 from .dtypes import parse
 from .errors import OutputError
 from .evaluate import GRID, LARGEST_PART, Evaluation, Session
+from .node import Source, Step
 from .output import check_place, published, readable
-from .plan import Plan, Source, Step, make_plan
+from .plan import Plan, make_plan
 from .receipt import Receipt, make_receipt
 from .storage import BLOCK
 from .writer import Writer

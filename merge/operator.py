@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Union
 from pydantic import TypeAdapter
 from pydantic.fields import FieldInfo
 
-from .errors import MergeError, nearest
+from .errors import MergeError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -148,7 +148,7 @@ LAWS = {
     "scaling": "scaling all inputs by a power of two scales the result",
 }
 
-_REGISTRY: dict[str, Operator] = {}
+REGISTRY: dict[str, Operator] = {}
 
 
 def operator(
@@ -175,7 +175,7 @@ def operator(
         kept = frozenset(laws)
         assert kept <= LAWS.keys(), f"unknown laws: {kept - LAWS.keys()}"
         name = function.__name__
-        _REGISTRY[name] = Operator(name, function, *found, source, kept, measure, takes, refuse)
+        REGISTRY[name] = Operator(name, function, *found, source, kept, measure, takes, refuse)
         return function
 
     return register
@@ -200,22 +200,6 @@ def _setting(name: str, annotation: Any, default: Any) -> Setting:
     fields = typing.get_args(annotation)[1:] if typing.get_origin(annotation) is Annotated else ()
     description = next((f.description or "" for f in fields if isinstance(f, FieldInfo)), "")
     return Setting(name, annotation, default, description, per_model)
-
-
-def operators() -> Mapping[str, Operator]:
-    """Give every operator by name, in alphabetical order. Finding them does not import torch."""
-    from . import operators as package
-
-    assert package.__name__
-    return {name: _REGISTRY[name] for name in sorted(_REGISTRY)}
-
-
-def find(name: str) -> Operator:
-    """Give one operator. Raises MergeError, naming the nearest, for an unknown name."""
-    known = operators()
-    if name not in known:
-        raise MergeError("", f"unknown operator {name!r}", nearest(name, known))
-    return known[name]
 
 
 def each(value: PerModel[T], count: int) -> tuple[T, ...]:

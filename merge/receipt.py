@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import blake3
 
-from .plan import Plan, Survey
+from .node import Survey
+from .plan import Plan
 
 if TYPE_CHECKING:
     from .stored import StoredCheckpoint

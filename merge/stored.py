@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from . import hub
-from .checkpoint import Checkpoint, TensorSpec
+from .checkpoint import Checkpoint
 from .companions import Companions, gather, read_json
 from .errors import CheckpointError, Mistake, nearest, some
-from .plan import Source
+from .node import Source
 from .safetensors_file import SafetensorsFile
+from .tensor_spec import TensorSpec
 from .torch_file import TorchFile
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import blake3
 
-from .checkpoint import TensorSpec
 from .dtypes import byte_size, from_torch
 from .errors import CheckpointError
+from .tensor_spec import TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor

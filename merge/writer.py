@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .checkpoint import TensorSpec
 from .dtypes import DTYPES
 from .storage import PositionalFile
+from .tensor_spec import TensorSpec
 
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -1,0 +1,143 @@
+"""How one tensor is made: read from a store, or by an operator from others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from .dtypes import is_float, working
+from .operator import Measure, Operator
+from .registry import find
+from .tensor_spec import TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Store(Protocol):
+    """What holds tensors on disk."""
+
+    label: str
+
+    def read(self, name: str, part: slice | None = None) -> Tensor:
+        """Read a tensor, or a flat run of its entries."""
+
+    def read_into(self, name: str, buffer: memoryview, at: int = 0) -> None:
+        """Fill a buffer with a tensor's stored bytes, from its byte `at` on."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Source:
+    """A stored tensor: the checkpoint that holds it, and its spec there."""
+
+    checkpoint: Store
+    spec: TensorSpec
+
+    @property
+    def output(self) -> TensorSpec:
+        """What reading it gives."""
+        return self.spec
+
+    def __str__(self) -> str:
+        """Checkpoint and tensor, as plans show them."""
+        return f"{self.checkpoint.label}:{self.spec.name}"
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Inputs:
+    """The tensors that meet in one operation: those of the models, in order, and the base's where there is one."""
+
+    models: tuple[Source | Step, ...]
+    base: Source | Step | None = None
+
+    def __iter__(self) -> Iterator[Source | Step]:
+        """Go through the models', then the base's."""
+        yield from self.models
+        if self.base is not None:
+            yield self.base
+
+    @property
+    def dtype(self) -> str:
+        """The dtype in which they are computed; their own where they are no floats."""
+        kinds = [node.output.dtype for node in self]
+        return working(kinds) if all(is_float(kind) for kind in kinds) else kinds[0]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Survey:
+    """A named pass over many tensors, before the steps, whose result is a setting of some of them.
+
+    Attributes:
+        title: what is found, as the plan shows it: `mean absolute change of layer 5`.
+        measure: function of (parts, **settings), as an operator's: the parts run over all tensors, one after the other.
+        inputs: the tensors, those that meet in one operation together; taken as deltas where there is a base.
+        settings: passed on to the measure.
+        why: the recipe line that asked for it.
+
+    """
+
+    title: str
+    measure: Measure
+    inputs: tuple[Inputs, ...]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    why: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that it reads."""
+        return sum(source.spec.nbytes for inputs in self.inputs for node in inputs for source in sources(node))
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Step:
+    """How one output tensor is made.
+
+    Attributes:
+        output: name, dtype and shape of the result.
+        operator: what is done.
+        settings: its settings for this tensor; a Survey stands for the value that it will find.
+        inputs: the tensors that it is done to: stored ones, or the results of other steps.
+        labels: what the models are called; feeds the random streams.
+        why: the recipe line that asked for it.
+
+    """
+
+    output: TensorSpec
+    operator: Operator
+    settings: Mapping[str, Any]
+    inputs: Inputs
+    labels: tuple[str, ...] = ()
+    why: str = ""
+
+    def __post_init__(self) -> None:
+        """Hold the shapes together: compositions have checked them."""
+        assert all(node.output.shape == self.output.shape for node in self.inputs), self.output.name
+
+
+Node = Source | Step
+
+
+def copy_of(node: Node, output: TensorSpec, label: str, why: str = "") -> Step:
+    """Make the step that takes a tensor as it is."""
+    return Step(output, find("copy"), {}, Inputs((node,)), (label,), why)
+
+
+def sources(node: Node) -> Iterator[Source]:
+    """Go through the stored tensors that a node is made from."""
+    if isinstance(node, Source):
+        yield node
+    else:
+        for inner in node.inputs:
+            yield from sources(inner)
+
+
+def surveys(node: Node) -> Iterator[Survey]:
+    """Go through the surveys that a node waits for, inner ones first."""
+    if isinstance(node, Step):
+        for value in node.settings.values():
+            if isinstance(value, Survey):
+                yield from (found for inputs in value.inputs for inner in inputs for found in surveys(inner))
+                yield value
+        for inner in node.inputs:
+            yield from surveys(inner)
