@@ -79,6 +79,8 @@ class _Builder:
         if self._left < 0:
             raise ValueError(f"more than {_MOST_NODES} values")
         self.lines.setdefault(path, node.start_mark.line + 1)
+        if not node.tag.startswith("tag:yaml.org,2002:") or "python" in node.tag:
+            raise yaml.MarkedYAMLError(problem=f"tags such as {node.tag} are not read", problem_mark=node.start_mark)
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, path)
         if isinstance(node, yaml.SequenceNode):

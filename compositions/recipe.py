@@ -79,7 +79,7 @@ class _OperatorBody(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
-    models: dict[str, float | list[float] | dict[str, Any] | None] | list[Reference]
+    models: dict[str, Any] | list[Reference]  # name → nothing, its weight, or settings of its own
     base: Reference | None = None
     rules: tuple[_RuleBody, ...] = ()
     unmatched: Literal["error", "keep", "drop"] = "error"
@@ -272,7 +272,7 @@ class _Reader:
         if place.exists() or (reference.is_on_hub(folder) and not reference.path.startswith(".")):
             return
         siblings = [found.name for found in place.parent.glob("*")] if place.parent.is_dir() else []
-        what = f"no {'model, file or folder' if names else 'file or folder'} {reference.path!r}"
+        what = f"no {'file or folder' if path[0] == 'models' else 'model, file or folder'} {reference.path!r}"
         self._wrong(path, what, nearest(place.name if "/" in reference.path else reference.path, names or siblings))
 
     def _wrong(self, path: KeyPath, what: str, hint: str = "") -> None:
@@ -357,7 +357,7 @@ class _Composer:
                     where = recipe.document.where(path)
                     mistakes += [Mistake(f"{where}: {m.where}", m.what, m.hint) for m in error.mistakes]
         if mistakes:
-            raise RecipeError.of({(m.where.partition(": ")[2], m.what): m for m in reversed(mistakes)}.values())
+            raise RecipeError.of({m.where.partition(": ")[2] + m.what: m for m in mistakes}.values())
 
     def _checkpoint(self, reference: Reference) -> Checkpoint:
         if reference not in self._made:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from .checkpoint import Checkpoint
 from .companions import Companions
 from .evaluate import Evaluation, Session
-from .node import Node, Source, Step
+from .node import Node, Source, Step, Survey, surveys
 from .tensor_spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ class Composed(Checkpoint):
         self.companions = companions
         self.notes = notes
         self._nodes = MappingProxyType(dict(nodes))
+        self._found: dict[Survey, Any] = {}
         self.specs: Mapping[str, TensorSpec] = {
             name: replace(node.output, name=name) for name, node in self._nodes.items()
         }
@@ -45,9 +46,12 @@ class Composed(Checkpoint):
 
         from .dtypes import torch_dtype
 
+        for survey in surveys(node):
+            if survey not in self._found:
+                self._found[survey] = Evaluation(Session(found=self._found)).survey(survey)
         if part is not None:
-            return Evaluation(Session(keep=0)).apply(node, part).to(torch_dtype(spec.dtype))
-        evaluation = Evaluation(Session())
+            return Evaluation(Session(keep=0, found=self._found)).apply(node, part).to(torch_dtype(spec.dtype))
+        evaluation = Evaluation(Session(found=self._found))
         result = torch.empty(spec.entries, dtype=torch_dtype(spec.dtype))
         for span, values in evaluation.parts(node):
             result[span] = values

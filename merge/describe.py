@@ -27,7 +27,7 @@ def plan(made: Plan, bytes_in_flight: int) -> dict[str, Any]:
     ]
     return {
         "steps": steps,
-        "surveys": [{"title": survey.title, "bytes": survey.nbytes, "why": survey.why} for survey in made.surveys],
+        "surveys": [{"title": survey.title, "bytes": survey.nbytes} for survey in made.surveys],
         "notes": made.notes,
         "tensors": len(made.steps),
         "bytes_read": made.bytes_read,

@@ -81,6 +81,15 @@ def torch_name(dtype: str) -> str:
     return DTYPES[dtype].torch_name
 
 
+def torch_shape(dtype: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Give the shape that torch has for a stored shape: it counts two values of four bits as one entry.
+
+    >>> torch_shape("F4", (2, 8)), torch_shape("BF16", (2, 8))
+    ((2, 4), (2, 8))
+    """
+    return (*shape[:-1], shape[-1] // 2) if dtype == "F4" else shape
+
+
 def parse(text: str) -> str:
     """Read a dtype as people write it: `bfloat16`, `bf16`, `BF16`, `torch.bfloat16`.
 

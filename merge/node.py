@@ -73,7 +73,6 @@ class Survey:
         measure: function of (parts, **settings), as an operator's: the parts run over all tensors, one after the other.
         inputs: the tensors, those that meet in one operation together; taken as deltas where there is a base.
         settings: passed on to the measure.
-        why: the recipe line that asked for it.
 
     """
 
@@ -81,7 +80,6 @@ class Survey:
     measure: Measure
     inputs: tuple[Inputs, ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
-    why: str = ""
 
     @property
     def nbytes(self) -> int:

@@ -58,7 +58,7 @@ def make_plan(checkpoint: Checkpoint, dtype: str | None = None) -> Plan:
         )
     mistakes = [mistake for step in steps for mistake in _refusals(step)]
     if mistakes:
-        raise MergeError.of(mistakes)
+        raise MergeError.of({(mistake.where, mistake.what): mistake for mistake in reversed(mistakes)}.values())
     return Plan(tuple(steps), getattr(checkpoint, "notes", ()))
 
 

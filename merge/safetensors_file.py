@@ -30,7 +30,7 @@ class SafetensorsFile:
         self.path = path
         header, self._start, self.digest = _header(path)
         _validate(path)
-        self.metadata: dict[str, str] = header.pop("__metadata__", {})
+        self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
         entries = sorted(header.items(), key=lambda entry: entry[1]["data_offsets"][0])
         self._offsets = {name: int(entry["data_offsets"][0]) for name, entry in entries}
         self.specs = {name: TensorSpec(name, _known(path, name, e["dtype"]), tuple(e["shape"])) for name, e in entries}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 from . import hub
 from .checkpoint import Checkpoint
 from .companions import Companions, gather, read_json
+from .dtypes import torch_shape
 from .errors import CheckpointError, Mistake, nearest, some
 from .node import Source
 from .safetensors_file import SafetensorsFile
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _WHOLE = ("model.safetensors", "pytorch_model.bin")
 _LEGACY = (".bin", ".pt", ".pth")
+_AGAIN = "download the folder again"
+_MIXED = "index and shards come from different saves: download the folder again"
 _NOT_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*)\.(bin|pt|pth)")
 
 
@@ -70,7 +73,7 @@ class StoredCheckpoint(Checkpoint):
         """Read one tensor, or a flat run of its entries."""
         spec = self.specs[name]
         if part is None:
-            return self._file[name].read(name, slice(0, spec.entries)).reshape(spec.shape)
+            return self._file[name].read(name, slice(0, spec.entries)).reshape(torch_shape(spec.dtype, spec.shape))
         return self._file[name].read(name, part)
 
     def read_into(self, name: str, buffer: memoryview, at: int = 0) -> None:
@@ -144,14 +147,17 @@ def _open_shards(folder: Path, index: str) -> list[WeightFile]:
     path = folder / index
     where_of = read_json(path).get("weight_map")
     if not isinstance(where_of, dict) or not all(isinstance(name, str) for name in where_of.values()):
-        raise CheckpointError(str(path), "has no weight_map from tensor names to files")
+        raise CheckpointError(str(path), "has no weight_map from tensor names to files", _AGAIN)
+    if not where_of:
+        raise CheckpointError(str(path), "names no tensors", _AGAIN)
     mistakes: list[Mistake] = []
     files: list[WeightFile] = []
     for name in sorted(set(where_of.values())):
-        if Path(name).name != name or "\\" in name:
-            mistakes.append(Mistake(str(path), f"names the file {name!r}, outside its folder"))
+        if Path(name).name != name or "\\" in name or name == "..":
+            hint = "shards lie beside their index: a checkpoint never reaches into other folders"
+            mistakes.append(Mistake(str(path), f"names the file {name!r}, outside its folder", hint))
         elif not (folder / name).is_file():
-            mistakes.append(Mistake(str(path), f"names the file {name}, which is missing", "download the folder again"))
+            mistakes.append(Mistake(str(path), f"names the file {name}, which is missing", _AGAIN))
         else:
             try:
                 files.append(_open_file(folder / name))
@@ -169,9 +175,10 @@ def _index_mistakes(path: Path, where_of: dict[str, str], files: list[WeightFile
     held = {(name, file.path.name) for file in files for name in file.specs}
     named = set(where_of.items())
     mistakes = [
-        Mistake(str(path), f"names tensor {name} in {file}, which does not hold it")
+        Mistake(str(path), f"names tensor {name} in {file}, which does not hold it", _MIXED)
         for name, file in sorted(named - held)
     ]
     return mistakes + [
-        Mistake(str(path), f"does not name tensor {name}, which {file} holds") for name, file in sorted(held - named)
+        Mistake(str(path), f"does not name tensor {name}, which {file} holds", _MIXED)
+        for name, file in sorted(held - named)
     ]
