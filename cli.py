@@ -16,7 +16,7 @@ from portmanteau import merge
 from portmanteau.compositions import recipe as recipes
 from portmanteau.compositions import reference_page
 from portmanteau.merge import describe
-from portmanteau.merge.execute import Limits
+from portmanteau.merge.execute import MEMORY, Limits
 from portmanteau.merge.output import readable
 
 if TYPE_CHECKING:
@@ -32,7 +32,18 @@ app = typer.Typer(
 Recipe = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Tensors made at once; the result does not depend on it.")]
-Memory = Annotated[str, typer.Option(help="Bytes in flight; the result does not depend on it.")]
+
+
+def _bytes(text: str) -> int:
+    """Read a size given on the command line."""
+    try:
+        return recipes.byte_count(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+_MEMORY_HELP = "Bytes in flight; the result does not depend on it."
+Memory = Annotated[int, typer.Option(parser=_bytes, metavar="SIZE", help=_MEMORY_HELP, show_default="256 MiB")]
 
 
 @app.command()
@@ -40,7 +51,7 @@ def build(
     recipe: Recipe,
     out: Annotated[Path, typer.Argument(help="The folder to make.", show_default=False)],
     threads: Threads = None,
-    memory: Memory = "256MiB",
+    memory: Memory = MEMORY,
     force: Annotated[bool, typer.Option(help="Replace an earlier result.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -55,7 +66,7 @@ def build(
             dtype=loaded.output.dtype,
             shard_size=loaded.output.shard_size,
             threads=threads,
-            memory=_bytes(memory),
+            memory=memory,
             force=force,
             recipe=loaded.text,
             progress=progress,
@@ -67,11 +78,11 @@ def build(
 
 
 @app.command()
-def plan(recipe: Recipe, threads: Threads = None, memory: Memory = "256MiB", as_json: Json = False) -> None:
+def plan(recipe: Recipe, threads: Threads = None, memory: Memory = MEMORY, as_json: Json = False) -> None:
     """Show what a build would do, without reading any weights."""
     loaded = recipes.load(recipe)
     made = merge.make_plan(recipes.compose(loaded), loaded.output.dtype)
-    limits = Limits.of(threads, _bytes(memory))
+    limits = Limits.of(threads, memory)
     summary = describe.plan(made, limits.in_flight(made))
     if as_json:
         _print_json(summary)
@@ -144,13 +155,6 @@ def inspect(
         _table(("tensor", "dtype", "shape", "bytes"), listed)
 
 
-def _bytes(text: str) -> int:
-    try:
-        return recipes.byte_count(text)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-
-
 def _say(text: str) -> None:
     typer.echo(text, err=True)
 
@@ -193,8 +197,12 @@ def _drawn_progress() -> Iterator[merge.Progress]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
-        yield _Drawn(bars)
+    try:
+        with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+            yield _Drawn(bars)
+    except KeyboardInterrupt:
+        _say("interrupted: nothing was written")
+        raise
 
 
 class _Drawn(merge.Progress):
@@ -218,15 +226,12 @@ class _Drawn(merge.Progress):
 
 
 def main() -> None:
-    """Run the command line; a user's mistake ends with a message and status 1, an interrupt with 130."""
+    """Run the command line; a user's mistake ends with a message and status 1."""
     try:
         app()
     except merge.PortmanteauError as error:
         _say(str(error))
         sys.exit(1)
-    except KeyboardInterrupt:
-        _say("interrupted: nothing was written")
-        sys.exit(130)
 
 
 if __name__ == "__main__":

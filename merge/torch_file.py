@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import zipfile
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import blake3
 
-from .dtypes import byte_size, from_torch
+from .dtypes import byte_size, from_torch, is_known
 from .errors import CheckpointError
 from .tensor_spec import TensorSpec
 
@@ -27,7 +26,8 @@ class TorchFile:
         """Open the file. Raises CheckpointError for anything but tensors: no code of the file is ever run."""
         self.path = path
         self.metadata: dict[str, str] = {}
-        self._tensors = {name: tensor for name, tensor in _load(path).items() if _is_tensor(path, name, tensor)}
+        found = _load(path)
+        self._tensors = {name: value.detach() for name, value in found.items() if _is_tensor(path, name, value)}
         self.specs = {n: TensorSpec(n, from_torch(t.dtype), tuple(t.shape)) for n, t in self._tensors.items()}
 
     @cached_property
@@ -54,7 +54,7 @@ def _load(path: Path) -> dict[str, Tensor]:
 
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged pickle can lead anywhere in the unpickler
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         hint = "save the weights as safetensors; files that carry code are never executed"
         raise CheckpointError(str(path), f"not a PyTorch file of plain tensors ({first})", hint) from error
@@ -66,11 +66,27 @@ def _load(path: Path) -> dict[str, Tensor]:
     return found
 
 
+def _refuse_special(path: Path, name: str, tensor: Tensor) -> None:
+    """Refuse tensors that safetensors has no place for."""
+    import torch
+
+    if tensor.layout is not torch.strided:
+        what = "a sparse tensor"
+    elif tensor.is_meta:
+        what = "a tensor without data"
+    elif not is_known(tensor.dtype):
+        what = f"a tensor of {str(tensor.dtype).removeprefix('torch.')}"
+    else:
+        return
+    raise CheckpointError(f"{path}: {name}", what, "save it as a plain tensor")
+
+
 def _is_tensor(path: Path, name: object, value: object) -> bool:
     """Keep tensors, pass over the bookkeeping of state dicts, refuse what looks like anything else."""
     import torch
 
     if isinstance(value, torch.Tensor) and isinstance(name, str):
+        _refuse_special(path, name, value)
         return True
     if isinstance(name, str) and (name == "_metadata" or isinstance(value, int | float | str | bool)):
         return False
