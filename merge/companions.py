@@ -21,11 +21,13 @@ _CARRIED = "|".join(
     (
         "generation_config.json",
         "tokenizer*|vocab.*|vocab*.json|merges.txt|special_tokens_map.json|added_tokens.json|*.model|*.tiktoken",
-        "chat_template.*|additional_chat_templates/*",
-        "*processor_config.json|sentence_*_config.json|modules.json|[0-9]_*/config.json",
+        "chat_template.*",
+        "*processor_config.json|sentence_*_config.json|modules.json",
         "*.py|LICENSE*|NOTICE*|USE_POLICY*",
     )
 )
+_CARRIED_FROM_FOLDERS = "additional_chat_templates/*|[0-9]_*/config.json"
+_READ = (CONFIG, "adapter_config.json")  # not copied: read, and written anew where they go with the result
 _TOKENIZER = "tokenizer*|vocab.*|vocab*.json|merges.txt|special_tokens_map.json|added_tokens.json|*.model|*.tiktoken"
 _TEMPLATES = "chat_template.*|additional_chat_templates/*"
 _INPUT_EMBEDDINGS = (
@@ -54,14 +56,19 @@ def gather(folder: Path) -> Companions:
     """Find the companions in a checkpoint's folder. Raises CheckpointError for a config that is not JSON."""
     path = folder / CONFIG
     config = read_json(path) if path.is_file() else None
-    found = sorted(
-        [*folder.glob("*"), *folder.glob("additional_chat_templates/*"), *folder.glob("[0-9]_*/config.json")]
-    )
-    files = {path.relative_to(folder).as_posix(): path for path in found if path.is_file()}
-    carried = {
-        name: path for name, path in files.items() if matches(_CARRIED, name) and not name.endswith(".index.json")
-    }
+    found = [path for path in sorted([*folder.glob("*"), *folder.glob("*/*")]) if path.is_file()]
+    files = {path.relative_to(folder).as_posix(): path for path in found}
+    carried = {name: path for name, path in files.items() if is_companion(name) and name not in _READ}
     return Companions(MappingProxyType(config) if config is not None else None, MappingProxyType(carried))
+
+
+def is_companion(name: str) -> bool:
+    """Tell whether a file of this name, as it stands in a checkpoint's folder, goes with the weights.
+
+    >>> is_companion("tokenizer.json"), is_companion("original/tokenizer.model"), is_companion("model.safetensors")
+    (True, False, False)
+    """
+    return name in _READ or matches(_CARRIED_FROM_FOLDERS if "/" in name else _CARRIED, name)
 
 
 def read_json(path: Path) -> dict[str, Any]:

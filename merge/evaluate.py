@@ -13,7 +13,6 @@ from .node import Inputs, Node, Source, Step, Survey, sources
 from .operator import Part, call
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 GRID = 1 << 16  # parts begin at multiples of so many entries
@@ -55,11 +54,11 @@ class Evaluation:
         for span in self._session.spans(step.output.entries):
             yield span, self.apply(step, span).to(dtype)
 
-    def value(self, node: Node, span: slice, dtype: torch.dtype) -> Tensor:
-        """Make a run of entries of a stored tensor or of a step's result."""
+    def _value(self, node: Node, span: slice) -> Tensor:
+        """Make a run of entries: of a stored tensor in its dtype, of a step's result in its working dtype."""
         if isinstance(node, Source):
-            return node.checkpoint.read(node.spec.name, span).to(dtype)
-        return self.apply(node, span).to(dtype)
+            return node.checkpoint.read(node.spec.name, span)
+        return self.apply(node, span)
 
     def apply(self, step: Step, span: slice) -> Tensor:
         """Carry out one step on a run of entries, in the working dtype."""
@@ -109,10 +108,10 @@ class Evaluation:
         dtype = torch_dtype(inputs.dtype)
         models = torch.empty((len(inputs.models), span.stop - span.start), dtype=dtype)
         for row, node in zip(models, inputs.models, strict=True):
-            row.copy_(self.value(node, span, dtype))
+            row.copy_(self._value(node, span))
         if inputs.base is None:
             return (models,)
-        base = self.value(inputs.base, span, dtype)
+        base = self._value(inputs.base, span).to(dtype)
         return (models.sub_(base) if deltas else models), base
 
     def _resolved(self, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,10 +5,15 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from .companions import is_companion, read_json
 from .errors import CheckpointError
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?|[A-Za-z0-9][\w.-]*@[\w./-]+")
-COMPANION_PATTERNS = ("*.json", "*.jinja", "*.txt", "*.model", "*.py", "*.tiktoken", "LICENSE*", "chat_templates/*")
+_KINDS = (
+    ("model.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+NOT_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*)\.(bin|pt|pth)")
 
 
 def is_hub_id(text: str) -> bool:
@@ -27,42 +32,62 @@ def download(repository: str, revision: str | None = None) -> Path:
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
-        HfHubHTTPError,
         HFValidationError,
+        HTTPError,  # type: ignore[attr-defined]  # httpx's or httpx2's, as huggingface_hub has it
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
+        RevisionNotFoundError,
     )
 
     where = f"{repository}@{revision}" if revision else repository
     try:
-        weights = _weight_patterns(repository, revision)
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=[*weights, *COMPANION_PATTERNS]))
+        names = _listed(repository, revision)
+        needed = None if names is None else _needed(repository, revision, names)
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=needed))
     except LocalEntryNotFoundError as error:
         hint = "check the network, or download it first on a machine that has one: hf download " + repository
         raise CheckpointError(where, "not in the local cache, and the Hub cannot be reached", hint) from error
     except RepositoryNotFoundError as error:
         hint = "check the spelling; a private or gated model needs `hf auth login`; a folder is written ./NAME"
         raise CheckpointError(where, "no such model on the Hub, or no right to read it", hint) from error
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise CheckpointError(where, f"cannot be downloaded ({str(error).splitlines()[0]})") from error
+    except RevisionNotFoundError as error:
+        hint = "a revision is a branch, a tag or a whole commit hash"
+        raise CheckpointError(where, f"the model has no revision {revision!r}", hint) from error
+    except (HTTPError, HFValidationError, OSError) as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CheckpointError(where, f"cannot be downloaded ({first})", "try again later") from error
 
 
-def _weight_patterns(repository: str, revision: str | None) -> list[str]:
-    """Name the weight files that are needed: those of the index, one whole file, or else what there is."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+def _listed(repository: str, revision: str | None) -> list[str] | None:
+    """List the files of a repository: on the Hub, or, where that cannot be asked, as the cache remembers them."""
+    import huggingface_hub
+    from huggingface_hub.errors import HTTPError, RevisionNotFoundError  # type: ignore[attr-defined]
 
     try:
-        names = HfApi().list_repo_files(repository, revision=revision)
-    except (OfflineModeIsEnabled, HfHubHTTPError, OSError):
-        return ["*.safetensors", "*.bin"]  # offline: snapshot_download serves what the cache holds, or says why not
-    for whole, shards in (
-        ("model.safetensors", "model-*-of-*.safetensors"),
-        ("pytorch_model.bin", "pytorch_model-*-of-*.bin"),
-    ):
-        if f"{whole}.index.json" in names:
-            return [shards]
+        found = huggingface_hub.HfApi().model_info(repository, revision=revision)
+        return [sibling.rfilename for sibling in found.siblings or ()]
+    except RevisionNotFoundError:
+        raise
+    except (HTTPError, OSError):  # the download says why, if the cache cannot help
+        pass
+    try:
+        return [file.path for file in huggingface_hub.get_cached_repo_tree(repository, revision=revision)]
+    except Exception:  # a huggingface_hub that keeps no list, or a cache that one has filled: then it is not checked
+        return None
+
+
+def _needed(repository: str, revision: str | None, names: list[str]) -> list[str]:
+    """Choose the companions, and the weights: the shards of an index, one whole file, or else what there is."""
+    from huggingface_hub import hf_hub_download
+
+    companions = [name for name in names if is_companion(name)]
+    for whole, index in _KINDS:
+        if index in names:
+            shards = read_json(Path(hf_hub_download(repository, index, revision=revision))).get("weight_map")
+            found = shards.values() if isinstance(shards, dict) else ()
+            return [*companions, index, *dict.fromkeys(name for name in found if name in names)]
         if whole in names:
-            return [whole]
-    top = [name for name in names if "/" not in name]
-    return [n for n in top if n.endswith(".safetensors")] or [n for n in top if n.endswith((".bin", ".pt", ".pth"))]
+            return [*companions, whole]
+    top = [name for name in names if "/" not in name and not NOT_WEIGHTS.fullmatch(name)]
+    safe = [name for name in top if name.endswith(".safetensors")]
+    return [*companions, *(safe or [name for name in top if name.endswith((".bin", ".pt", ".pth"))])]

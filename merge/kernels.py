@@ -27,7 +27,7 @@ def weighted_sum(tensors: Tensor, weights: Sequence[float]) -> Tensor:
     """Sum w_i · tensors_i in the order given. Shapes: [n, *shape] → [*shape]."""
     total = tensors[0] * weights[0]
     for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
-        total += tensor * weight
+        total += tensor if weight == 1 else tensor * weight
     return total
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -25,7 +24,6 @@ _WHOLE = ("model.safetensors", "pytorch_model.bin")
 _LEGACY = (".bin", ".pt", ".pth")
 _AGAIN = "download the folder again"
 _MIXED = "index and shards come from different saves: download the folder again"
-_NOT_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*)\.(bin|pt|pth)")
 
 
 class WeightFile(Protocol):
@@ -131,7 +129,7 @@ def _only_file(folder: Path) -> Path:
     if (folder / "adapter_config.json").is_file():
         raise CheckpointError(str(folder), "holds an adapter, not a model", "name the model that it was trained on")
     found = sorted(folder.glob("*.safetensors"))
-    found = found or sorted(p for p in folder.glob("*") if p.suffix in _LEGACY and not _NOT_WEIGHTS.fullmatch(p.name))
+    found = found or sorted(p for p in folder.glob("*") if p.suffix in _LEGACY and not hub.NOT_WEIGHTS.fullmatch(p.name))
     if not found:
         hint = "a checkpoint folder holds model.safetensors, or shards with model.safetensors.index.json"
         raise CheckpointError(str(folder), "holds no weights", hint)

@@ -48,4 +48,4 @@ def linear(
     """
     weights = each(weight, len(models))
     mixed = weighted_sum(models, weights)
-    return mixed / sum(weights) if normalize else mixed
+    return mixed.div_(sum(weights)) if normalize else mixed

@@ -40,5 +40,5 @@ def task_arithmetic(
     weights = each(weight, len(deltas))
     mixed = weighted_sum(deltas, weights)
     if normalize:
-        mixed = mixed / sum(weights)
-    return mixed * scale
+        mixed.div_(sum(weights))
+    return mixed.mul_(scale)
