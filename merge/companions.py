@@ -20,15 +20,17 @@ CONFIG = "config.json"
 _CARRIED = "|".join(
     (
         "generation_config.json",
-        "tokenizer*|vocab.*|vocab*.json|merges.txt|special_tokens_map.json|added_tokens.json|*.model|*.tiktoken",
+        "tokenizer*|vocab.*|vocab*.json|merges.txt|special_tokens_map.json|added_tokens.json|*.model|*.spm|*.tiktoken",
         "chat_template.*",
-        "*processor_config.json|sentence_*_config.json|modules.json",
+        "*processor_config.json|sentence_*_config.json|config_sentence_transformers.json|modules.json|tekken.json|bpe.codes",
         "*.py|LICENSE*|NOTICE*|USE_POLICY*",
     )
 )
 _CARRIED_FROM_FOLDERS = "additional_chat_templates/*|[0-9]_*/config.json"
 _READ = (CONFIG, "adapter_config.json")  # not copied: read, and written anew where they go with the result
-_TOKENIZER = "tokenizer*|vocab.*|vocab*.json|merges.txt|special_tokens_map.json|added_tokens.json|*.model|*.tiktoken"
+_TOKENIZER = (
+    "tokenizer*|vocab.*|vocab*.json|merges.txt|special_tokens_map.json|added_tokens.json|*.model|*.spm|*.tiktoken"
+)
 _TEMPLATES = "chat_template.*|additional_chat_templates/*"
 _INPUT_EMBEDDINGS = (
     "*embed_tokens.weight|*word_embeddings.weight|*wte.weight|*embed_in.weight|shared.weight|*tok_embeddings.weight"
@@ -93,10 +95,20 @@ def true_config(config: Mapping[str, Any], specs: Iterable[TensorSpec]) -> dict[
     if weight:
         dtype = torch_name(weight.most_common(1)[0][0])
         result["torch_dtype" if "torch_dtype" in result else "dtype"] = dtype
+        if len(weight) == 1:
+            result = {key: _typed(key, value, dtype) for key, value in result.items()}
     rows = {spec.shape[0] for spec in specs if len(spec.shape) == 2 and matches(_INPUT_EMBEDDINGS, spec.name)}
     if len(rows) == 1 and isinstance(result.get("vocab_size"), int):
         result["vocab_size"] = rows.pop()
     return result
+
+
+def _typed(key: str, value: Any, dtype: str) -> Any:
+    """Set the dtype in the config of a part (`text_config`, `vision_config`), and of its parts."""
+    if not isinstance(value, dict) or not key.endswith("_config") or key == "quantization_config":
+        return value
+    found = {inner: _typed(inner, one, dtype) for inner, one in value.items()}
+    return {inner: dtype if inner in ("dtype", "torch_dtype") else one for inner, one in found.items()}
 
 
 def write(companions: Companions, folder: Path, specs: Iterable[TensorSpec]) -> list[str]:

@@ -50,7 +50,9 @@ class Composed(Checkpoint):
             if survey not in self._found:
                 self._found[survey] = Evaluation(Session(found=self._found)).survey(survey)
         if part is not None:
-            return Evaluation(Session(keep=0, found=self._found)).apply(node, part).to(torch_dtype(spec.dtype))
+            return (
+                Evaluation(Session(keep=0, found=self._found)).apply(node, spec.run(part)).to(torch_dtype(spec.dtype))
+            )
         evaluation = Evaluation(Session(found=self._found))
         result = torch.empty(spec.entries, dtype=torch_dtype(spec.dtype))
         for span, values in evaluation.parts(node):

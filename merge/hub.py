@@ -31,9 +31,9 @@ def download(repository: str, revision: str | None = None) -> Path:
     Raises CheckpointError where it is unknown, gated, or neither cached nor reachable.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
+    from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError: httpx's, or httpx2's
         HFValidationError,
-        HTTPError,  # type: ignore[attr-defined]  # httpx's or httpx2's, as huggingface_hub has it
+        HTTPError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,

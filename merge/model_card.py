@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import yaml
 
-from .hub import is_hub_id
 from .plan import Plan
 from .receipt import choices
 
@@ -12,7 +11,7 @@ from .receipt import choices
 def text(plan: Plan, recipe: str | None) -> str:
     """Write the card in Markdown, with the YAML front matter that the Hub reads."""
     labels = [checkpoint.label for checkpoint in plan.checkpoints]
-    parents = [label.partition("@")[0] for label in labels if is_hub_id(label)]
+    parents = list(dict.fromkeys(checkpoint.repository for checkpoint in plan.checkpoints if checkpoint.repository))
     front = {
         **({"base_model": parents} if parents else {}),
         "library_name": "transformers",

@@ -120,14 +120,14 @@ class Alignment:
 
 
 def align(names: Iterable[str], reference: Iterable[str]) -> Alignment | None:
-    """Find the prefix that brings most names onto the reference's; None where the names already fit best.
+    """Find the prefix that brings most names onto the reference's; None where they fit as they are, or two would do.
 
     `bert.encoder.layer.0…` and `encoder.layer.0…`, `module.` and `_orig_mod.` of wrapped models are such pairs.
     """
-    own, wanted = list(names), set(reference)
+    own, wanted = list(names), dict.fromkeys(reference)
     taken = set(own)
     candidates = [(prefix, "") for prefix in _prefixes(wanted)] + [("", prefix) for prefix in _prefixes(own)]
-    best: Alignment | None = None
+    best: list[Alignment] = []  # more than one: they rename as many, and nothing says which is meant
     for added, removed in candidates:
         renamed = {
             name: target
@@ -135,9 +135,10 @@ def align(names: Iterable[str], reference: Iterable[str]) -> Alignment | None:
             if name.startswith(removed) and name not in wanted
             if (target := added + name.removeprefix(removed)) in wanted and target not in taken
         }
-        if 2 * len(renamed) > len(own) and (best is None or len(renamed) > len(best.renamed)):
-            best = Alignment(renamed, added, removed)
-    return best
+        if 2 * len(renamed) > len(own) and (not best or len(renamed) >= len(best[0].renamed)):
+            found = Alignment(renamed, added, removed)
+            best = [*best, found] if best and len(renamed) == len(best[0].renamed) else [found]
+    return best[0] if len(best) == 1 else None
 
 
 def _prefixes(names: Iterable[str]) -> list[str]:

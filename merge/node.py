@@ -130,6 +130,14 @@ def sources(node: Node) -> Iterator[Source]:
             yield from sources(inner)
 
 
+def steps(node: Node) -> Iterator[Step]:
+    """Go through the steps that make a node: its own, and before it those inside."""
+    if isinstance(node, Step):
+        for inner in node.inputs:
+            yield from steps(inner)
+        yield node
+
+
 def surveys(node: Node) -> Iterator[Survey]:
     """Go through the surveys that a node waits for, inner ones first."""
     if isinstance(node, Step):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -17,9 +18,9 @@ _SLACK = 64 << 20  # room for companions and for what the file system keeps for 
 
 def check_place(out: Path, *, nbytes: int, force: bool) -> None:
     """Check, before any work, that the result can be written. Raises OutputError where it cannot."""
-    if out.exists() and not force:
+    if os.path.lexists(out) and not force:  # a broken link is there too
         raise OutputError(str(out), "exists already", "choose another name, or replace it with --force")
-    if out.exists() and not _is_ours(out):
+    if os.path.lexists(out) and not _is_ours(out):
         hint = "--force replaces only what portmanteau built, or an empty folder; remove this one yourself if it may go"
         raise OutputError(str(out), "exists, and was not built by portmanteau", hint)
     home = _existing_parent(out)
@@ -58,8 +59,12 @@ def published(out: Path) -> Iterator[Path]:
         yield work
         sync_folder(work)
         _rename(work, out)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(work, ignore_errors=True)
+        if isinstance(error, OSError):
+            hint = "free some space, choose another disk, or a smaller output dtype"
+            what = f"cannot be written: {error.strerror or error}"
+            raise OutputError(str(out), what, hint if error.errno == errno.ENOSPC else "") from error
         raise
     sync_folder(out.parent)
 

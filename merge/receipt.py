@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import blake3
 
-from .node import Survey
+from .node import Survey, steps
 from .plan import Plan
 
 if TYPE_CHECKING:
@@ -56,7 +56,8 @@ def make_receipt(plan: Plan, outputs: Mapping[str, str], recipe: str | None, sec
     """Put the record together."""
     text = {"text": recipe, "digest": digest(recipe.encode())} if recipe is not None else None
     inputs = tuple(_input(checkpoint) for checkpoint in plan.checkpoints)
-    seeds = dict.fromkeys(step.settings["seed"] for step in plan.steps if "seed" in step.settings)
+    every = (inner for step in plan.steps for inner in steps(step))
+    seeds = dict.fromkeys(step.settings["seed"] for step in every if "seed" in step.settings)
     return Receipt(text, inputs, dict(outputs), choices(plan), plan.notes, tuple(seeds), round(seconds, 3))
 
 

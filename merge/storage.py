@@ -6,6 +6,7 @@ What a system lacks (`preadv`, `pwrite`, `posix_fallocate`, syncing a folder) is
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import threading
 import weakref
@@ -30,9 +31,14 @@ class PositionalFile:
 
     def _reserve(self, size: int) -> None:
         if size and hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(self._descriptor, 0, size)
-        else:
-            os.ftruncate(self._descriptor, size)
+            try:
+                os.posix_fallocate(self._descriptor, 0, size)
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+                    raise  # a full disk
+            else:
+                return
+        os.ftruncate(self._descriptor, size)
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill the buffer (bytes) from this offset. EOFError where the file ends before."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -48,13 +48,22 @@ class StoredCheckpoint(Checkpoint):
     """A checkpoint on disk: weight files opened by their headers, and the companions in their folder."""
 
     def __init__(
-        self, label: str, files: list[WeightFile], companions: Companions, revision: str | None = None
+        self,
+        label: str,
+        files: Sequence[WeightFile],
+        companions: Companions,
+        revision: str | None = None,
+        repository: str | None = None,
     ) -> None:
-        """Put the files of one checkpoint together. Raises CheckpointError for a tensor that two of them hold."""
+        """Put the files of one checkpoint together. Raises CheckpointError for a tensor that two of them hold.
+
+        `repository` and `revision` say where on the Hub they come from.
+        """
         self.label = label
         self.files = tuple(files)
         self.companions = companions
         self.revision = revision
+        self.repository = repository
         self._file: dict[str, WeightFile] = {}
         for file in files:
             for name in file.specs:
@@ -72,7 +81,7 @@ class StoredCheckpoint(Checkpoint):
         spec = self.specs[name]
         if part is None:
             return self._file[name].read(name, slice(0, spec.entries)).reshape(torch_shape(spec.dtype, spec.shape))
-        return self._file[name].read(name, part)
+        return self._file[name].read(name, spec.run(part))
 
     def read_into(self, name: str, buffer: memoryview, at: int = 0) -> None:
         """Fill a buffer with the tensor's stored bytes, from its byte `at` on."""
@@ -97,7 +106,7 @@ def open(reference: str | Path, *, revision: str | None = None, label: str | Non
         raise CheckpointError(text, "no such file or folder", hint)
     repository, _, tag = text.partition("@")
     folder = hub.download(repository, revision or tag or None)
-    return StoredCheckpoint(label, _open_folder(folder), gather(folder), folder.name)
+    return StoredCheckpoint(label, _open_folder(folder), gather(folder), folder.name, repository)
 
 
 def _open_file(path: Path) -> WeightFile:
@@ -129,7 +138,9 @@ def _only_file(folder: Path) -> Path:
     if (folder / "adapter_config.json").is_file():
         raise CheckpointError(str(folder), "holds an adapter, not a model", "name the model that it was trained on")
     found = sorted(folder.glob("*.safetensors"))
-    found = found or sorted(p for p in folder.glob("*") if p.suffix in _LEGACY and not hub.NOT_WEIGHTS.fullmatch(p.name))
+    found = found or sorted(
+        p for p in folder.glob("*") if p.suffix in _LEGACY and not hub.NOT_WEIGHTS.fullmatch(p.name)
+    )
     if not found:
         hint = "a checkpoint folder holds model.safetensors, or shards with model.safetensors.index.json"
         raise CheckpointError(str(folder), "holds no weights", hint)

@@ -31,7 +31,7 @@ def trim_limits(parts: Parts, *, density: PerModel[float]) -> tuple[Cut | None, 
 
 @operator(
     source="Yadav et al. 2023 (arXiv 2306.01708), section 3; weights as in mergekit 0.1.5 `ties` or peft 0.21 `ties`",
-    laws=("identity", "permutation", "base", "scaling"),
+    laws=("permutation", "base", "scaling"),
     measure=trim_limits,
 )
 def ties(

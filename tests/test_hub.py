@@ -1,0 +1,272 @@
+"""Hub references, against a small Hub on this machine: what is downloaded, which revision, and what happens offline."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save
+
+MAIN, OLD = "a" * 40, "b" * 40  # commits
+Files = Mapping[str, bytes]
+
+
+def weights(**values: float) -> bytes:
+    return save({name: torch.tensor([float(value)]) for name, value in values.items()})
+
+
+def index(**places: str) -> bytes:
+    return json.dumps({"weight_map": places}).encode()
+
+
+COMPANIONS = {
+    "config.json": b'{"model_type": "llama"}',
+    "tokenizer.json": b"{}",
+    "tokenizer.model": b"sentencepiece",
+    "chat_template.jinja": b"{{ messages }}",
+    "additional_chat_templates/tool.jinja": b"{{ tools }}",
+    "modeling_own.py": b"pass",
+    "LICENSE": b"free",
+}
+BALLAST = {
+    "original/consolidated.00.pth": b"huge",
+    "original/params.json": b"{}",
+    "original/tokenizer.model": b"huge",
+    "consolidated.safetensors": b"huge",
+    "onnx/model.onnx": b"huge",
+    "onnx/config.json": b"{}",
+    "tf_model.h5": b"huge",
+    "optimizer.pt": b"huge",
+    "README.md": b"# card",
+    ".gitattributes": b"",
+}
+REPOSITORIES: dict[str, dict[str, Files]] = {
+    "org/both": {MAIN: {**COMPANIONS, **BALLAST, "model.safetensors": weights(x=1), "pytorch_model.bin": b"huge"}},
+    "org/shards": {
+        MAIN: {
+            **COMPANIONS,
+            "model.safetensors.index.json": index(x="model-00001-of-00002.safetensors", y="rest.safetensors"),
+            "model-00001-of-00002.safetensors": weights(x=1),
+            "rest.safetensors": weights(y=2),
+            "model-00001-of-00002.fp16.safetensors": b"huge",
+            "pytorch_model.bin.index.json": index(x="pytorch_model-00001-of-00001.bin"),
+            "pytorch_model-00001-of-00001.bin": b"huge",
+        }
+    },
+    "org/versions": {MAIN: {"model.safetensors": weights(x=2)}, OLD: {"model.safetensors": weights(x=1)}},
+    "org/odd-name": {
+        MAIN: {"weights.safetensors": weights(x=3), "training_args.bin": b"huge", "optimizer.pt": b"huge"}
+    },
+    "org/adapter": {MAIN: {"adapter_config.json": b"{}", "adapter_model.safetensors": weights(x=1)}},
+    "org/empty": {MAIN: {"README.md": b"# nothing"}},
+}
+REFERENCES = {"main": MAIN, "old": OLD}  # branches and tags
+
+
+@dataclass
+class Hub:
+    """A server that knows a few repositories, and what it was asked for."""
+
+    endpoint: str
+    home: Path
+    requests: list[str] = field(default_factory=list)
+
+    @property
+    def downloaded(self) -> set[str]:
+        """The files whose content was asked for."""
+        found = [request.removeprefix("GET ") for request in self.requests if request.startswith("GET /org/")]
+        return {path.split("/resolve/")[1].partition("/")[2] for path in found}
+
+    def open(self, reference: str, *, revision: str | None = None, **environment: str) -> dict[str, Any]:
+        """Open a reference in a process of its own, as a user would: huggingface_hub reads its settings once."""
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()}
+        settings = {
+            "HF_ENDPOINT": self.endpoint,
+            "HF_HOME": str(self.home),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        }
+        run = [sys.executable, "-W", "error", "-c", CLIENT, reference, *([revision] if revision else [])]
+        done = subprocess.run(
+            run, env={**kept, **settings, **environment}, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+
+CLIENT = """
+import json, struct, sys
+from portmanteau import merge
+try:
+    opened = merge.open(sys.argv[1], revision=sys.argv[2] if len(sys.argv) > 2 else None)
+except merge.CheckpointError as error:
+    print(json.dumps({"error": str(error)}))
+else:
+    values = {}
+    for name in opened:
+        raw = bytearray(4)
+        opened.read_into(name, memoryview(raw))
+        values[name] = struct.unpack("<f", raw)[0]
+    files = sorted(opened.companions.files)
+    print(json.dumps({"values": values, "revision": opened.revision, "companions": files}))
+"""
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    """A Hub on 127.0.0.1, with an empty cache."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    found = Hub(f"http://127.0.0.1:{server.server_address[1]}", tmp_path / "hf")
+    server.hub = found  # type: ignore[attr-defined]
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    yield found
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+class Handler(BaseHTTPRequestHandler):
+    """The part of the Hub's protocol that a download needs."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self) -> None:
+        self._answer()
+
+    def do_GET(self) -> None:
+        self._answer()
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Keep silent."""
+
+    def _answer(self) -> None:
+        path = self.path.partition("?")[0]
+        self.server.hub.requests.append(f"{self.command} {path}")  # type: ignore[attr-defined]
+        parts = path.removeprefix("/api/models").strip("/").split("/")
+        versions = REPOSITORIES.get("/".join(parts[:2]))
+        if versions is None:
+            return self._send(404, b"{}", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
+        commit = REFERENCES.get(parts[3], parts[3]) if len(parts) > 3 else MAIN
+        files = versions.get(commit)
+        if files is None:
+            return self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "Invalid rev id"})
+        if path.startswith("/api/models/"):
+            listing = [{"type": "file", "path": n, "size": len(b), "oid": _oid(b)} for n, b in files.items()]
+            info = {"id": "/".join(parts[:2]), "sha": commit, "siblings": [{"rfilename": n} for n in files]}
+            is_tree = len(parts) > 2 and parts[2] == "tree"
+            return self._send(200, json.dumps(listing if is_tree else info).encode(), {})
+        content = files.get("/".join(parts[4:]))
+        if content is None:
+            return self._send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
+        return self._send(200, content, {"ETag": f'"{_oid(content)}"', "X-Repo-Commit": commit})
+
+    def _send(self, status: int, content: bytes, headers: Mapping[str, str]) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(content))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+
+def _oid(content: bytes) -> str:
+    return hashlib.sha1(content).hexdigest()
+
+
+def test_only_the_files_that_a_merge_needs_are_downloaded(hub: Hub) -> None:
+    found = hub.open("org/both")
+    assert found["values"] == {"x": 1.0}
+    assert hub.downloaded == {"model.safetensors", *COMPANIONS}
+    assert found["companions"] == sorted(set(COMPANIONS) - {"config.json"})
+
+
+def test_the_shards_are_those_that_the_index_names(hub: Hub) -> None:
+    assert hub.open("org/shards")["values"] == {"x": 1.0, "y": 2.0}
+    shards = {"model-00001-of-00002.safetensors", "rest.safetensors", "model.safetensors.index.json"}
+    assert hub.downloaded == {*shards, *COMPANIONS}
+
+
+def test_a_lone_file_of_any_name_is_downloaded_without_a_trainers_files(hub: Hub) -> None:
+    assert hub.open("org/odd-name")["values"] == {"x": 3.0}
+    assert hub.downloaded == {"weights.safetensors"}
+
+
+@pytest.mark.parametrize("written", [("org/versions@old", None), ("org/versions", OLD)])
+def test_the_revision_is_honoured_and_kept_as_a_commit(written: tuple[str, str | None], hub: Hub) -> None:
+    found = hub.open(written[0], revision=written[1])
+    assert (found["values"], found["revision"]) == ({"x": 1.0}, OLD)
+    assert hub.open("org/versions")["values"] == {"x": 2.0}
+
+
+@pytest.mark.parametrize("reference", ["org/both", "org/shards"])
+def test_what_is_cached_opens_offline_without_a_request(reference: str, hub: Hub) -> None:
+    first = hub.open(reference)
+    hub.requests.clear()
+    assert hub.open(reference, HF_HUB_OFFLINE="1") == first
+    assert hub.requests == []
+
+
+def test_what_is_cached_opens_when_the_hub_cannot_be_reached(hub: Hub) -> None:
+    first = hub.open("org/both")
+    assert hub.open("org/both", HF_ENDPOINT=closed_port()) == first
+
+
+def test_a_download_that_was_cut_short_is_noticed_offline(hub: Hub) -> None:
+    hub.open("org/shards")
+    for path in (hub.home / "hub").rglob("snapshots/*/tokenizer.json"):
+        path.unlink()
+    message = hub.open("org/shards", HF_HUB_OFFLINE="1")["error"]
+    assert "org/shards: not in the local cache" in message
+
+
+def test_what_is_not_cached_says_so_offline(hub: Hub) -> None:
+    message = hub.open("org/both", HF_HUB_OFFLINE="1")["error"]
+    assert message.startswith("org/both: not in the local cache, and the Hub cannot be reached")
+    assert "hint: check the network, or download it first on a machine that has one: hf download org/both" in message
+    assert hub.requests == []
+
+
+def test_an_unknown_repository_is_named(hub: Hub) -> None:
+    message = hub.open("org/nothing")["error"]
+    assert message.startswith("org/nothing: no such model on the Hub, or no right to read it")
+    assert "hint: check the spelling" in message
+
+
+def test_an_unknown_revision_is_named(hub: Hub) -> None:
+    message = hub.open("org/versions@nowhere")["error"]
+    assert message.startswith("org/versions@nowhere: the model has no revision 'nowhere'")
+
+
+def test_no_network_is_a_clear_message(hub: Hub) -> None:
+    message = hub.open("org/both", HF_ENDPOINT=closed_port())["error"]
+    assert message.startswith("org/both: not in the local cache, and the Hub cannot be reached")
+
+
+def test_a_repository_without_weights_is_named(hub: Hub) -> None:
+    assert "holds no weights" in hub.open("org/empty")["error"]
+
+
+def test_an_adapter_is_no_model(hub: Hub) -> None:
+    assert "holds an adapter, not a model" in hub.open("org/adapter")["error"]
+
+
+def closed_port() -> str:
+    """Give an endpoint where nobody listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{free.getsockname()[1]}"
