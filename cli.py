@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from portmanteau import merge
-from portmanteau.compositions import recipe as recipes
-from portmanteau.compositions import reference_page
+from portmanteau.compositions import compose, load, reference_page
 from portmanteau.merge import describe
 from portmanteau.merge.execute import MEMORY, Limits
-from portmanteau.merge.output import readable
+from portmanteau.merge.units import byte_count, readable
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
@@ -37,7 +36,7 @@ Threads = Annotated[int | None, typer.Option(min=1, help="Tensors made at once; 
 def _bytes(text: str) -> int:
     """Read a size given on the command line."""
     try:
-        return recipes.byte_count(text)
+        return byte_count(text)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
 
@@ -56,8 +55,8 @@ def build(
     as_json: Json = False,
 ) -> None:
     """Plan and build: write the model that a recipe asks for."""
-    loaded = recipes.load(recipe)
-    composed = recipes.compose(loaded)
+    loaded = load(recipe)
+    composed = compose(loaded)
     _notes(composed.notes)
     with _drawn_progress() as progress:
         receipt = merge.build(
@@ -80,8 +79,8 @@ def build(
 @app.command()
 def plan(recipe: Recipe, threads: Threads = None, memory: Memory = MEMORY, as_json: Json = False) -> None:
     """Show what a build would do, without reading any weights."""
-    loaded = recipes.load(recipe)
-    made = merge.make_plan(recipes.compose(loaded), loaded.output.dtype)
+    loaded = load(recipe)
+    made = merge.make_plan(compose(loaded), loaded.output.dtype)
     limits = Limits.of(threads, memory)
     summary = describe.plan(made, limits.in_flight(made))
     if as_json:
@@ -104,8 +103,8 @@ def plan(recipe: Recipe, threads: Threads = None, memory: Memory = MEMORY, as_js
 @app.command()
 def check(recipe: Recipe, as_json: Json = False) -> None:
     """Check a recipe: its text, and the headers of all checkpoints that it names."""
-    loaded = recipes.load(recipe)
-    made = merge.make_plan(recipes.compose(loaded), loaded.output.dtype)
+    loaded = load(recipe)
+    made = merge.make_plan(compose(loaded), loaded.output.dtype)
     if as_json:
         _print_json({"tensors": len(made.steps), "bytes": made.bytes_written, "notes": made.notes})
     else:

@@ -1,7 +1,20 @@
 """Which tensors meet: compositions take checkpoints and give a checkpoint, nothing read until it is asked for."""
 
+from .compose import compose
 from .composition import Composition, composition
 from .layer_swap import Ends, Zone, layer_swap
+from .recipe import Recipe, load
 from .tensorwise import Rule, tensorwise
 
-__all__ = ["Composition", "Ends", "Rule", "Zone", "composition", "layer_swap", "tensorwise"]
+__all__ = [
+    "Composition",
+    "Ends",
+    "Recipe",
+    "Rule",
+    "Zone",
+    "compose",
+    "composition",
+    "layer_swap",
+    "load",
+    "tensorwise",
+]

@@ -1,44 +1,27 @@
-"""A recipe: YAML text to a frozen value, every mistake named by its line; then to the checkpoint that it asks for."""
+"""A recipe: YAML text to a frozen value, every mistake named by its line."""
 
 from __future__ import annotations
 
-import re
-import typing
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
-from functools import cache
-from inspect import Parameter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, create_model, field_validator
+from pydantic import BaseModel, ConfigDict, field_validator
 
-from portmanteau.merge import Checkpoint, Composed, MergeError, PortmanteauError, RecipeError
-from portmanteau.merge import open as open_checkpoint
+from portmanteau.merge import PortmanteauError, RecipeError
 from portmanteau.merge.dtypes import parse
 from portmanteau.merge.errors import Mistake, nearest
 from portmanteau.merge.registry import operators
+from portmanteau.merge.units import byte_count
 
 from .composition import compositions
 from .lines import Document, KeyPath, read
-from .reference import Reference, as_reference, references, replaced
-from .tensorwise import Rule, check, tensorwise
+from .reference import Reference, references
+from .schema import schema_of, validated
+from .tensorwise import Rule, check
 
 _KEYS = ("models", "steps", "merge", "output")
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
-
-
-def byte_count(text: str | int) -> int:
-    """Read a number of bytes: `5GB`, `512MiB`, `1000`.
-
-    >>> byte_count("5GB"), byte_count("1MiB")
-    (5000000000, 1048576)
-    """
-    match = _SIZE.fullmatch(str(text).strip())
-    if match is None or not float(match[1]):
-        raise ValueError(f"{text!r} is no size: write 5GB, 512MiB or a number of bytes")
-    power = " kmgt".index(match[2].lower() or " ")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
 
 class _Strict(BaseModel):
@@ -170,7 +153,7 @@ class _Reader:
         ((name, arguments),) = value.items()
         here = (*path, name)
         if name in compositions():
-            found = self._validated(_schema(name), arguments or {}, here)
+            found = self._validated(schema_of(name), arguments or {}, here)
             return Body(name, here, _fields(found), is_operator=False) if found is not None else None
         if name not in operators():
             self._wrong(
@@ -218,36 +201,10 @@ class _Reader:
         return next((p for c in choices if (p := (*path, *c)) in self._document.lines), (*path, *inner))
 
     def _validated(self, kind: Any, value: Any, path: KeyPath) -> Any:
-        try:
-            return TypeAdapter(kind).validate_python(value)
-        except ValidationError as error:
-            found = [(self._real(path, one["loc"]), one) for one in error.errors()]
-            for location, one in found:
-                deeper = any(len(other) > len(location) and other[: len(location)] == location for other, _ in found)
-                if not deeper or location == path:  # of a union's members, the one that was meant says most
-                    self._explain(one, location, _known_keys(kind, one["loc"]))
-            return None
-
-    def _explain(self, found: Any, location: KeyPath, known: list[str]) -> None:
-        """Say one of pydantic's findings in our words, at its line."""
-        key = location[-1]
-        if found["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-            self._wrong(location, f"unknown key {key!r}", nearest(str(key), known))
-        elif found["type"] == "missing":
-            self._wrong(location[:-1], f"{location[-2]} lacks the key {key!r}")
-        else:
-            message = found["msg"].removeprefix("Value error, ")
-            self._wrong(location, f"{key} is {found['input']!r}: {message[:1].lower()}{message[1:]}")
-
-    def _real(self, path: KeyPath, location: tuple[Any, ...]) -> KeyPath:
-        """Strip what is no key from pydantic's location: it names the members of unions too."""
-        for i, part in enumerate(location):
-            if (*path, part) in self._document.lines or (
-                i == len(location) - 1
-                and not (isinstance(part, str) and re.search(r"[\[\]-]|^[A-Z]|^(int|float|str)$", part))
-            ):
-                path = (*path, part)
-        return path
+        result, findings = validated(kind, value, self._document, path)
+        for location, what, hint in findings:
+            self._wrong(location, what, hint)
+        return result
 
     def _check_references(
         self, models: Mapping[str, Reference], steps: Mapping[str, Body], bodies: list[Body], output: Output
@@ -286,121 +243,6 @@ def _own_settings(value: Any) -> dict[str, Any]:
     return dict(value) if isinstance(value, dict) else {"weight": value}
 
 
-def _known_keys(kind: Any, location: tuple[Any, ...]) -> list[str]:
-    """Give the keys that are known at the place where pydantic found one too many."""
-    known = getattr(kind, "model_fields", {})
-    if len(location) == 1 or location[0] not in known:
-        return list(known)
-    inside = list(_dataclasses(known[location[0]].annotation))
-    meant = [one for one in inside if one.__name__ in location] or inside
-    return list(dict.fromkeys(field.name for one in meant for field in fields(one)))
-
-
-def _dataclasses(annotation: Any) -> Iterator[Any]:
-    """Go through the dataclasses in an annotation."""
-    if is_dataclass(annotation):
-        yield annotation
-    for one in typing.get_args(annotation):
-        yield from _dataclasses(one)
-
-
-@cache
-def _schema(name: str) -> type[BaseModel]:
-    """Make the schema of a composition's body from its signature."""
-    fields: dict[str, Any] = {}
-    for key, (annotation, default) in compositions()[name].parameters.items():
-        fields[key] = (as_reference(annotation), ... if default is Parameter.empty else default)
-    return create_model(name, __config__=ConfigDict(frozen=True, extra="forbid"), **fields)
-
-
 def _fields(model: BaseModel) -> dict[str, Any]:
     """Give the fields as they are, not turned into plain dicts."""
     return {name: getattr(model, name) for name in type(model).model_fields}
-
-
-def compose(recipe: Recipe) -> Composed:
-    """Open the checkpoints and put the result together, from headers alone.
-
-    Raises RecipeError with every mistake found: models that cannot be opened, that do not fit, settings they refuse.
-    """
-    return _Composer(recipe).result()
-
-
-class _Composer:
-    """Opens each reference once and composes each step once."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        self._recipe = recipe
-        self._made: dict[Reference, Checkpoint] = {}
-        self._under_way: list[str] = []
-
-    def result(self) -> Composed:
-        """Compose the recipe's result."""
-        self._open_all()
-        merged = self._composed(self._recipe.merge)
-        donor = self._recipe.output.tokenizer
-        if donor is not None:
-            merged.companions = merged.companions.with_tokenizer_of(self._checkpoint(donor).companions)
-        return merged
-
-    def _open_all(self) -> None:
-        """Open every checkpoint that is named, and report all that cannot be opened."""
-        recipe, mistakes = self._recipe, []
-        bodies = [*recipe.steps.values(), recipe.merge]
-        named: list[tuple[KeyPath, Reference]] = [(("models", name), Reference(path=name)) for name in recipe.models]
-        named += [(body.path, found) for body in bodies for found in references(body.arguments)]
-        for path, reference in named:
-            if reference.path not in recipe.steps:
-                try:
-                    self._checkpoint(reference)
-                except PortmanteauError as error:
-                    where = recipe.document.where(path)
-                    mistakes += [Mistake(f"{where}: {m.where}", m.what, m.hint) for m in error.mistakes]
-        if mistakes:
-            raise RecipeError.of({m.where.partition(": ")[2] + m.what: m for m in mistakes}.values())
-
-    def _checkpoint(self, reference: Reference) -> Checkpoint:
-        if reference not in self._made:
-            name = reference.path
-            if name in self._recipe.steps:
-                self._made[reference] = self._step(name)
-            else:
-                self._made[reference] = self._opened(self._recipe.models.get(name, reference), name)
-        return self._made[reference]
-
-    def _opened(self, reference: Reference, label: str) -> Checkpoint:
-        folder = self._recipe.folder
-        place = reference.path if reference.is_on_hub(folder) else reference.local(folder)
-        return open_checkpoint(place, revision=reference.revision, label=label)
-
-    def _step(self, name: str) -> Composed:
-        body = self._recipe.steps[name]
-        if name in self._under_way:
-            where = self._recipe.document.where(body.path)
-            raise RecipeError(where, f"steps need each other: {' → '.join([*self._under_way, name])}")
-        self._under_way.append(name)
-        made = self._composed(body)
-        self._under_way.pop()
-        made.label = name
-        return made
-
-    def _composed(self, body: Body) -> Composed:
-        document = self._recipe.document
-        arguments = replaced(body.arguments, self._checkpoint)
-        try:
-            if body.is_operator:
-                made = tensorwise(body.name, **arguments)
-            else:
-                made = compositions()[body.name].compose(**arguments)
-        except MergeError as error:
-            raise RecipeError.of(
-                Mistake(document.where((*body.path, *_keys(m.where))), f"{body.name}: {m.what}", m.hint)
-                for m in error.mistakes
-            ) from error
-        return made.because(document.where(body.path))
-
-
-def _keys(dotted: str) -> Iterator[str | int]:
-    """Turn `rules.0.density` back into keys."""
-    for part in filter(None, dotted.split(".")):
-        yield int(part) if part.isdigit() else part

@@ -20,10 +20,11 @@ from .dtypes import parse
 from .errors import OutputError
 from .evaluate import GRID, LARGEST_PART, Evaluation, Session
 from .node import Source, Step
-from .output import check_place, published, readable
+from .output import check_place, published
 from .plan import Plan, make_plan
 from .receipt import Receipt, make_receipt
 from .storage import BLOCK
+from .units import readable
 from .writer import Writer
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ from pathlib import Path
 from .errors import OutputError
 from .receipt import RECEIPT
 from .storage import sync_folder
+from .units import readable
 
 _SLACK = 64 << 20  # room for companions and for what the file system keeps for itself
 
@@ -84,16 +85,3 @@ def _rename(work: Path, out: Path) -> None:
         old.rename(out)
         raise
     shutil.rmtree(old)
-
-
-def readable(nbytes: float) -> str:
-    """Write a number of bytes for people, in powers of 1000.
-
-    >>> readable(2_200_000_000), readable(512)
-    ('2.2 GB', '512 B')
-    """
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.1f} TB"

@@ -246,9 +246,7 @@ def test_vocabularies_with_other_ids_are_refused(save_tensors: Save) -> None:
     folders = [save_tensors(name, layers_of(4, value)) for name, value in (("task", 0.0), ("language", 1.0))]
     for folder, words in zip(folders, ("a\nb\nc\nd", "a\nc\nb\nd"), strict=True):
         (folder / "vocab.txt").write_text(words)
-    with pytest.raises(
-        merge.MergeError, match="give other ids to 2 tokens: 'b', 'c'|give other ids to 2 tokens: 'c', 'b'"
-    ):
+    with pytest.raises(merge.MergeError, match=r"give other ids to 2 tokens: ('b', 'c'|'c', 'b')"):
         compositions.layer_swap(task=merge.open(folders[0]), language=merge.open(folders[1]), bottom=1, top=1)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from portmanteau import merge
-from portmanteau.compositions import recipe as recipes
+from portmanteau.compositions import compose, load
 
 Save = Callable[[str, Mapping[str, Tensor]], Path]
 Write = Callable[[str], Path]
@@ -39,7 +39,7 @@ def models(save_tensors: Save) -> None:
 
 
 def composed(path: Path) -> merge.Composed:
-    return recipes.compose(recipes.load(path))
+    return compose(load(path))
 
 
 def first(merged: merge.Checkpoint, name: str) -> float:
@@ -171,29 +171,34 @@ def test_the_nearest_known_name_is_offered(write: Write) -> None:
     assert [m.where.rpartition(":")[2] for m in caught.value.mistakes] == ["6", "6", "7"]
 
 
+SWAP = "merge: {layer_swap: {task: a, language: b, bottom: %s}}"
+TOO_MANY = "model.layers has 4 layers, and bottom 3 + top 1 + transitions 2 = 6 are asked for"
+CANCELLING = "the weights [1.0, -1.0] sum to zero: set normalize: false, or other weights"
+
+
 @pytest.mark.parametrize(
     ("text", "found"),
     [
         ("merge: {linaer: {models: [a]}}", "1: unknown composition or operator 'linaer'"),
-        ("merge: {layer_swap: {task: a, language: b, bottom: 1, topp: 1}}", "1: unknown key 'topp'"),
-        ("merge: {layer_swap: {task: a, language: b, bottom: 1, top: -1}}", "1: top is -1: input should be greater than or equal to 0"),
-        ("merge: {layer_swap: {task: a, language: b, bottom: 3, top: 1}}", "1: layer_swap: model.layers has 4 layers, and bottom 3 + top 1 + transitions 2 = 6 are asked for"),
+        (SWAP % "1, topp: 1", "1: unknown key 'topp'"),
+        (SWAP % "1, top: -1", "1: top is -1: input should be greater than or equal to 0"),
+        (SWAP % "3, top: 1", f"1: layer_swap: {TOO_MANY}"),
+        (SWAP % "1, top: 1, transition: {botom: 1}", "1: unknown key 'botom'"),
         ("merge: {layer_swap: {task: a, bottom: 1, top: 1}}", "1: layer_swap lacks the key 'language'"),
-        ("merge: {layer_swap: {task: a, language: b, bottom: 1, top: 1, transition: {botom: 1}}}", "1: unknown key 'botom'"),
         ("merge: {slerp: {models: [a]}}", "1: slerp takes exactly 2 models, 1 are given"),
         ("merge: {ties: {models: [a, b]}}", "1: ties needs a base"),
         ("merge: {linear: {base: base, models: [a, b]}}", "1: linear takes no base"),
-        ("merge: {linear: {models: {a: 1, b: -1}}}", "1: linear: the weights [1.0, -1.0] sum to zero: set normalize: false, or other weights"),
+        ("merge: {linear: {models: {a: 1, b: -1}}}", f"1: linear: {CANCELLING}"),
         ("merge: {linear: {models: [a, b], weight: {a: 1, c: 2}}}", "1: unknown model 'c'"),
-        ("merge: {linear: {models: [a, b]}}\nmerge: {linear: {models: [a]}}", "2: the key 'merge' is given twice"),
+        ("merge: {linear: {models: [a, b]}}\nmerge: {}", "2: the key 'merge' is given twice"),
         ("models: {a: ./a}", "1: has no key 'merge'"),
         ("- merge", "holds no recipe"),
         ("merge: [a", "not valid YAML"),
         ("merge: !!python/object/apply:os.system [echo]", "not valid YAML"),
-        ("merge: {linear: {models: [nobody/nothing/here]}}", "1: no model, file or folder 'nobody/nothing/here'"),
+        ("merge: {linear: {models: [no/such/model]}}", "1: no model, file or folder 'no/such/model'"),
         ("merge_method: linear\nmodels: []", "1: a mergekit YAML, which is not read yet"),
     ],
-)  # fmt: skip
+)
 def test_a_mistake_is_named(write: Write, text: str, found: str) -> None:
     with pytest.raises(merge.PortmanteauError) as caught:
         merge.make_plan(composed(write(text)))
@@ -223,7 +228,7 @@ def test_the_output_section_is_read(write: Write) -> None:
         merge: {linear: {models: [a]}}
         output: {dtype: fp16, shard_size: 1.5 MB, tokenizer: b}
     """)
-    output = recipes.load(path).output
+    output = load(path).output
     assert (output.dtype, output.shard_size, output.tokenizer and output.tokenizer.path) == ("F16", 1_500_000, "b")
 
 
