@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from .dtypes import byte_size, torch_dtype
 from .errors import MergeError, Mistake, PortmanteauError
 from .node import Inputs, Node, Source, Step, Survey, sources
-from .operator import Part, call
+from .operator import Part, Parts, call
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 GRID = 1 << 16  # parts begin at multiples of so many entries
-LARGEST_PART = 1 << 20
+LARGEST_PART = 1 << 18  # so that the buffers of a part stay in the cache and are reused
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,8 @@ class Evaluation:
             spans = [*self._session.spans(step.output.entries)] or [slice(0, 0)]
             if self._fits(step.inputs):
                 self._kept[step] = [self._gather(step.inputs, span, deltas=step.operator.on_deltas) for span in spans]
-            parts = _Again(lambda: (self._roles(step, self._gathered(step, span)) for span in spans))
+            begin = lambda: (self._roles(step, self._gathered(step, span)) for span in spans)  # noqa: E731
+            parts = Parts(begin, len(step.inputs.models), step.output.entries)
             self._measured[step] = call(step.operator.measure, parts, **settings, streams=streams)
         return self._measured[step]
 
@@ -125,17 +126,8 @@ class Evaluation:
                 for span in self._session.spans(next(iter(inputs)).output.entries):
                     yield self._gather(inputs, span, deltas=inputs.base is not None)
 
-        return survey.measure(_Again(parts), **survey.settings)
-
-
-class _Again:
-    """An iterable that begins anew each time."""
-
-    def __init__(self, begin: Callable[[], Iterator[tuple[Tensor, ...]]]) -> None:
-        self._begin = begin
-
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        return self._begin()
+        entries = sum(next(iter(inputs)).output.entries for inputs in survey.inputs)
+        return survey.measure(Parts(parts, len(survey.inputs[0].models), entries), **survey.settings)
 
 
 def _stream(tensor: str, label: str) -> int:

@@ -21,6 +21,8 @@ _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed number: the cou
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 _MASK_64 = (1 << 64) - 1
+_NO_LIMIT = _MASK_64 >> 1  # an index beyond every entry
+_DRAWS = 1 << 15
 
 
 def weighted_sum(tensors: Tensor, weights: Sequence[float]) -> Tensor:
@@ -62,35 +64,63 @@ class Cut:
     last_index: int
 
 
-def largest(parts: Callable[[], Iterator[Tensor]], count: int) -> Cut:
-    """Find the boundary of the `count` entries of largest magnitude in a tensor that comes in parts.
+def largest(parts: Callable[[], Iterator[Tensor]], counts: Sequence[int | None]) -> tuple[Cut | None, ...]:
+    """Find, for each of n tensors that come in parts together, the boundary of its entries of largest magnitude.
 
     Exact, in bounded memory: a radix selection over the bits of |x| (the bits of a positive float order as the floats
-    do), 16 at a time. Entries equal to the boundary are kept in the order of their index until `count` are kept.
+    do), 16 at a time, so two passes over the parts in fp32. Entries equal to the boundary are kept in the order of
+    their index until the count is reached; only where that cuts among equals is there a third pass.
 
     Args:
-        parts: gives the parts (flat, fp32 or fp64) anew at each call.
-        count: how many to keep, from 1 to the number of entries.
+        parts: gives the parts [n, part], fp32 or fp64, anew at each call.
+        counts: how many to keep of each tensor, from 1 to the number of its entries; None: all, which has no boundary.
 
     """
     import torch
 
+    searches = {row: _Search(count) for row, count in enumerate(counts) if count is not None}
+    if not searches:
+        return (None,) * len(counts)
     wide = next(parts()).dtype == torch.float64
-    prefix, wanted, equal = 0, count, 0
     for shift in range((48 if wide else 16), -1, -_DIGIT):
-        histogram = torch.zeros(1 << _DIGIT, dtype=torch.int64)
+        histograms = {row: torch.zeros(1 << _DIGIT, dtype=torch.int64) for row in searches}
         for part in parts():
-            histogram += _digits(part, prefix, shift, wide)
+            for row, search in searches.items():
+                histograms[row] += _digits(part[row], search.prefix, shift, wide)
+        for row, search in searches.items():
+            search.narrow(histograms[row])
+    cuts = {row: search.cut((part[row] for part in parts()), wide) for row, search in searches.items()}
+    return tuple(cuts.get(row) for row in range(len(counts)))
+
+
+@dataclass(slots=True)
+class _Search:
+    """The search for the wanted-th largest of those magnitudes whose bits begin with a prefix."""
+
+    wanted: int
+    prefix: int = 0
+    equal: int = 0
+
+    def narrow(self, histogram: Tensor) -> None:
+        """Lengthen the prefix by the digit in whose bin the wanted magnitude lies."""
+        import torch
+
         above = histogram.flip(0).cumsum(0)  # above[i]: entries in the i + 1 highest bins
-        position = int(torch.searchsorted(above, wanted))
+        position = int(torch.searchsorted(above, self.wanted))
         digit = (1 << _DIGIT) - 1 - position
-        wanted -= int(above[position - 1]) if position else 0
-        equal = int(histogram[digit])
-        prefix = (prefix << _DIGIT) | digit
-    bits = torch.tensor([prefix], dtype=torch.int64 if wide else torch.int32)
-    value = bits.view(torch.float64 if wide else torch.float32).item()
-    last = _index_of(parts(), value, wanted) if wanted < equal else _MASK_64 >> 1
-    return Cut(value, last)
+        self.wanted -= int(above[position - 1]) if position else 0
+        self.equal = int(histogram[digit])
+        self.prefix = (self.prefix << _DIGIT) | digit
+
+    def cut(self, parts: Iterable[Tensor], wide: bool) -> Cut:
+        """Give the boundary, once the prefix has all bits; the parts are read only where it cuts among equals."""
+        import torch
+
+        bits = torch.tensor([self.prefix], dtype=torch.int64 if wide else torch.int32)
+        value = bits.view(torch.float64 if wide else torch.float32).item()
+        if self.wanted == self.equal:
+            return Cut(value, _NO_LIMIT)
+        return Cut(value, _index_of(parts, value, self.wanted))
 
 
 def _digits(part: Tensor, prefix: int, shift: int, wide: bool) -> Tensor:
@@ -104,7 +134,7 @@ def _digits(part: Tensor, prefix: int, shift: int, wide: bool) -> Tensor:
     return torch.bincount(high & ((1 << _DIGIT) - 1), minlength=1 << _DIGIT)
 
 
-def _index_of(parts: Iterator[Tensor], value: float, ordinal: int) -> int:
+def _index_of(parts: Iterable[Tensor], value: float, ordinal: int) -> int:
     """Give the flat index of the ordinal-th (from 1) entry whose magnitude is exactly this value."""
     start = 0
     for part in parts:
@@ -121,18 +151,16 @@ def select_largest(values: Tensor, cut: Cut, start: int) -> Tensor:
     import torch
 
     magnitude = values.abs()
-    if cut.last_index == _MASK_64 >> 1:
+    if cut.last_index == _NO_LIMIT:
         return magnitude >= cut.value
     index = torch.arange(start, start + values.numel(), device=values.device).view(values.shape)
     return (magnitude > cut.value) | ((magnitude == cut.value) & (index <= cut.last_index))
 
 
-def elect_sign(contributions: Tensor) -> Tensor:
-    """Elect the sign of the summed mass in every entry; a sum of zero elects plus. [n, *shape] → ±1 [*shape]."""
-    import torch
-
-    mass = weighted_sum(contributions, (1.0,) * len(contributions))
-    return torch.where(mass >= 0, 1.0, -1.0).to(mass.dtype)
+def agreeing(voters: Tensor) -> Tensor:
+    """Tell which entries have the sign of the summed mass; zero elects plus. [n, *shape] → bool [n, *shape]."""
+    plus = weighted_sum(voters, (1.0,) * len(voters)) >= 0
+    return ((voters > 0) & plus) | ((voters < 0) & ~plus)
 
 
 def mix_agreeing(
@@ -153,15 +181,16 @@ def mix_agreeing(
     """
     import torch
 
-    weighted = torch.stack([delta * weight for delta, weight in zip(deltas, weights, strict=True)])
-    voters = weighted if elect == "weighted" else deltas
-    agree = voters * elect_sign(voters) > 0
+    weighted = torch.empty_like(deltas)
+    for row, delta, weight in zip(weighted, deltas, weights, strict=True):
+        torch.mul(delta, weight, out=row)
+    agree = agreeing(weighted if elect == "weighted" else deltas)
     ones = (1.0,) * len(weights)
-    mixed = weighted_sum(torch.where(agree, weighted, 0.0), ones)
+    mixed = weighted_sum(weighted.masked_fill_(~agree, 0.0), ones)
     if divide == "none":
         return mixed
     shares = weighted_sum(agree.to(deltas.dtype), weights if divide == "weights" else ones)
-    return mixed / torch.where(shares == 0, 1.0, shares)
+    return mixed.div_(shares.masked_fill_(shares == 0, 1.0))
 
 
 def keep_at_random(values: Tensor, density: float, seed: int, stream: int, start: int) -> Tensor:
@@ -172,18 +201,26 @@ def keep_at_random(values: Tensor, density: float, seed: int, stream: int, start
     """
     import torch
 
-    key = _signed((stream ^ (seed * _GOLDEN)) & _MASK_64)
-    state = torch.arange(start + 1, start + values.numel() + 1, dtype=torch.int64, device=values.device)
-    state.mul_(_GOLDEN).add_(key)
-    state = (state ^ _shift(state, 30)).mul_(_MIX_1)
-    state = (state ^ _shift(state, 27)).mul_(_MIX_2)
-    draw = _shift(state ^ _shift(state, 31), 11)  # 53 bits
-    return (draw < round(density * (1 << 53))).view(values.shape)
+    key, count = stream ^ (seed * _GOLDEN), values.numel()
+    kept = torch.empty(count, dtype=torch.bool, device=values.device)
+    limit = round(density * (1 << 53))
+    steps = torch.arange(1, _DRAWS + 1, dtype=torch.int64, device=values.device).mul_(_GOLDEN)
+    state, shifted = torch.empty_like(steps), torch.empty_like(steps)
+    for first in range(0, count, _DRAWS):  # in blocks that stay in the cache
+        block = slice(0, min(_DRAWS, count - first))
+        draw, spare = state[block], shifted[block]
+        torch.add(steps[block], _signed((key + (start + first) * _GOLDEN) & _MASK_64), out=draw)
+        for bits, factor in ((30, _MIX_1), (27, _MIX_2), (31, 1)):
+            draw.bitwise_xor_(_shift(draw, bits, spare)).mul_(factor)
+        torch.lt(_shift(draw, 11, spare), limit, out=kept[first : first + _DRAWS])  # 53 bits
+    return kept.view(values.shape)
 
 
-def _shift(state: Tensor, bits: int) -> Tensor:
+def _shift(state: Tensor, bits: int, out: Tensor) -> Tensor:
     """Shift right without carrying the sign down: torch has no unsigned shift."""
-    return (state >> bits) & (_MASK_64 >> bits)
+    import torch
+
+    return torch.bitwise_right_shift(state, bits, out=out).bitwise_and_(_MASK_64 >> bits)
 
 
 def _signed(number: int) -> int:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Union
@@ -34,8 +34,32 @@ F = TypeVar("F", bound=Callable[..., Any])
 PerModel = Union[T, Sequence[T]]  # one value for all models, or one for each
 ROLES = ("models", "deltas", "base")
 
-Parts = Iterable[tuple["Tensor", ...]]  # the positional tensors of an operator, part by part; can be gone through again
 Measure = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The positional tensors of an operator, part by part, as a measure goes through them: as often as it needs.
+
+    Attributes:
+        begin: gives the parts anew.
+        models: how many models there are.
+        entries: how many entries all parts of one model have together.
+
+    """
+
+    begin: Callable[[], Iterator[tuple[Tensor, ...]]]
+    models: int
+    entries: int
+
+    @classmethod
+    def whole(cls, *tensors: Tensor) -> Parts:
+        """Make one part of whole tensors, the first of them stacked [n, *shape]."""
+        return cls(lambda: iter([tensors]), len(tensors[0]), tensors[0][0].numel())
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        """Go through the parts."""
+        return self.begin()
 
 
 @dataclass(frozen=True, slots=True)

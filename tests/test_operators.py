@@ -348,7 +348,7 @@ def assert_selects(values: np.ndarray[Any, Any], count: int, bounds: list[int]) 
     tensor = torch.from_numpy(values.copy())
     edges = [0, *sorted(bounds), len(values)]
     parts = [tensor[low:high] for low, high in itertools.pairwise(edges)]
-    cut = largest(lambda: iter(parts), count)
+    (cut,) = largest(lambda: (part[None] for part in parts), [count])
     assert cut.value == torch.topk(tensor.abs(), count).values[-1].item()
     found = torch.cat([select_largest(part, cut, start) for part, start in zip(parts, edges[:-1], strict=True)])
     assert found.sum().item() == count
@@ -375,5 +375,5 @@ def test_the_largest_of_a_long_tensor_are_those_of_a_stable_sort(dtype: torch.dt
 
 def test_of_equal_magnitudes_the_lower_index_is_kept() -> None:
     assert_selects(np.array([1.0, -2.0, 2.0, -2.0, 0.5], dtype=np.float32), 2, [2])
-    cut = largest(lambda: iter([torch.tensor([1.0, -2.0, 2.0, -2.0, 0.5])]), 2)
+    (cut,) = largest(lambda: iter([torch.tensor([[1.0, -2.0, 2.0, -2.0, 0.5]])]), [2])
     assert (cut.value, cut.last_index) == (2.0, 2)

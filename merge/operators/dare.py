@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
@@ -21,8 +22,7 @@ def keep_factors(
     parts: Parts, *, density: PerModel[float], rescale: str, seed: int, streams: tuple[int, ...] = ()
 ) -> tuple[float, ...]:
     """Find the factor of every model's kept entries: 1/density, or such that the sum of magnitudes stays."""
-    count = len(next(iter(parts))[0])
-    densities = each(density, count)
+    densities = each(density, parts.models)
     if rescale != "l1":
         return tuple(1 / share if rescale == "density" else 1.0 for share in densities)
     sums: list[float] = []
@@ -34,7 +34,7 @@ def keep_factors(
 def _sums_of_magnitudes(parts: Parts, model: int, share: float, seed: int, stream: int) -> list[float]:
     """Sum |d| over all entries, and over the kept ones."""
 
-    def magnitudes() -> Parts:
+    def magnitudes() -> Iterator[tuple[Tensor, Tensor]]:
         start = 0
         for deltas, *_ in parts:
             values = deltas[model].reshape(-1)
@@ -91,9 +91,8 @@ def dare(
     >>> dare(torch.ones(1, 8), density=0.5)
     tensor([0., 2., 2., 0., 2., 2., 2., 0.])
     """
-    factors = part.measured or keep_factors(
-        [(deltas,)], density=density, rescale=rescale, seed=seed, streams=part.streams
-    )
+    whole = Parts.whole(deltas)
+    factors = part.measured or keep_factors(whole, density=density, rescale=rescale, seed=seed, streams=part.streams)
     kept = deltas.clone()
     for model, (delta, share, factor) in enumerate(zip(kept, each(density, len(kept)), factors, strict=True)):
         mask = keep_at_random(delta, share, seed, _stream(part.streams, model), part.start)

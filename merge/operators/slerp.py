@@ -46,7 +46,7 @@ def slerp(
     >>> slerp(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), t=0.5)
     tensor([0.7071, 0.7071])
     """
-    found = cosine([(models,)]) if part.measured is None else part.measured
+    found = cosine(Parts.whole(models)) if part.measured is None else part.measured
     if abs(found) > _COLLINEAR:
         return weighted_sum(models, (1 - t, t))
     angle = math.acos(found)

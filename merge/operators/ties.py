@@ -18,15 +18,10 @@ Density = Annotated[float, Field(gt=0, le=1, description="share of entries of la
 
 def trim_limits(parts: Parts, *, density: PerModel[float]) -> tuple[Cut | None, ...]:
     """Find every model's boundary of its max(1, ⌊density · entries⌋) largest deltas; None: all are kept."""
-    first = next(iter(parts))[0]
-    entries = sum(deltas[0].numel() for (deltas, *_) in parts)
-
-    def limit(model: int, share: float) -> Cut | None:
-        if share >= 1 or entries == 0:
-            return None
-        return largest(lambda: (deltas[model].reshape(-1) for (deltas, *_) in parts), max(1, int(share * entries)))
-
-    return tuple(limit(model, share) for model, share in enumerate(each(density, len(first))))
+    counts = [max(1, int(share * parts.entries)) if share < 1 else None for share in each(density, parts.models)]
+    if not parts.entries:
+        return (None,) * parts.models
+    return largest(lambda: (deltas.reshape(parts.models, -1) for (deltas, *_) in parts), counts)
 
 
 @operator(
@@ -60,7 +55,7 @@ def ties(
     >>> ties(torch.tensor([[4.0, -1.0, 3.0, 0.0], [2.0, 5.0, -4.0, 1.0]]), density=0.5)
     tensor([ 4.,  5., -4.,  0.])
     """
-    limits = trim_limits([(deltas,)], density=density) if part.measured is None else part.measured
+    limits = trim_limits(Parts.whole(deltas), density=density) if part.measured is None else part.measured
     trimmed = deltas.clone()
     for delta, limit in zip(trimmed, limits, strict=True):
         if limit is not None:
