@@ -36,9 +36,9 @@ class _Composer:
         self._open_all()
         merged = self._composed(self._recipe.merge)
         donor = self._recipe.output.tokenizer
-        if donor is not None:
-            merged.companions = merged.companions.with_tokenizer_of(self._checkpoint(donor).companions)
-        return merged
+        if donor is None:
+            return merged
+        return merged.beside(merged.companions.with_tokenizer_of(self._checkpoint(donor).companions))
 
     def _open_all(self) -> None:
         """Open every checkpoint that is named, and report all that cannot be opened."""
@@ -78,8 +78,7 @@ class _Composer:
         self._under_way.append(name)
         made = self._composed(body)
         self._under_way.pop()
-        made.label = name
-        return made
+        return made.called(name)
 
     def _composed(self, body: Body) -> Composed:
         document = self._recipe.document

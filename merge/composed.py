@@ -59,6 +59,14 @@ class Composed(Checkpoint):
             result[span] = values
         return result.reshape(spec.shape)
 
+    def called(self, label: str) -> Self:
+        """Give the same checkpoint under another label."""
+        return type(self)(label, self._nodes, self.companions, self.notes)
+
+    def beside(self, companions: Companions) -> Self:
+        """Give the same checkpoint with other companions."""
+        return type(self)(self.label, self._nodes, companions, self.notes)
+
     def because(self, why: str) -> Self:
         """Stamp the recipe line on those steps that have none yet."""
         nodes = {
