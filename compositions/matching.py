@@ -12,7 +12,7 @@ from portmanteau.merge import Checkpoint, MergeError, TensorSpec
 from portmanteau.merge.companions import vocabulary
 from portmanteau.merge.dtypes import is_float, promote
 from portmanteau.merge.errors import Mistake, some
-from portmanteau.merge.names import align, matches
+from portmanteau.merge.names import Layers, align, matches
 from portmanteau.merge.node import Node
 
 _HEADS = "*lm_head.weight|*embed_out.weight|*predictions.decoder.weight|*output_projection.weight"
@@ -50,7 +50,9 @@ def match(models: Mapping[str, Checkpoint], reference: str, unmatched: str = "er
     every = list(dict.fromkeys(name for label in (reference, *models) for name in named[label]))
     partial = {name: [label for label in models if name not in named[label]] for name in every}
     partial = {name: lacking for name, lacking in partial.items() if lacking}
-    mistakes = [] if unmatched != "error" else _missing(models, named, partial)
+    mistakes = _different_depths(named)
+    if unmatched == "error" and not mistakes:
+        mistakes += _missing(models, partial)
     mistakes += _different_shapes(named, every)
     mistakes += _different_vocabularies(models, reference)
     if mistakes:
@@ -84,14 +86,21 @@ def _met(name: str, named: Mapping[str, Mapping[str, Node]], *, complete: bool) 
     return Met(replace(first, name=name, dtype=dtype), nodes, complete)
 
 
-def _missing(
-    models: Mapping[str, Checkpoint], named: Mapping[str, Mapping[str, Node]], partial: Mapping[str, list[str]]
-) -> list[Mistake]:
+def _different_depths(named: Mapping[str, Mapping[str, Node]]) -> list[Mistake]:
+    """Compare the layer counts of stacks that several models have. Layers are never kept or dropped as leftovers."""
+    counts = {label: {s.prefix: s.count for s in Layers(nodes).stacks} for label, nodes in named.items()}
+    mistakes = []
+    for prefix in dict.fromkeys(prefix for found in counts.values() for prefix in found):
+        depths = {label: found[prefix] for label, found in counts.items() if prefix in found}
+        if len(set(depths.values())) > 1:
+            shown = "; ".join(f"{label} has {count} in {prefix}" for label, count in depths.items())
+            hint = "only models of one shape can be merged tensor by tensor"
+            mistakes.append(Mistake("", f"layer counts differ: {shown}", hint))
+    return mistakes
+
+
+def _missing(models: Mapping[str, Checkpoint], partial: Mapping[str, list[str]]) -> list[Mistake]:
     """Say for each model what it lacks, with the likely cause."""
-    counts = {label: [(s.prefix, s.count) for s in model.layers.stacks] for label, model in models.items()}
-    if partial and len({tuple(n for _, n in count) for count in counts.values()}) > 1:
-        shown = "; ".join(f"{label} has " + ", ".join(f"{n} in {p}" for p, n in c) for label, c in counts.items())
-        return [Mistake("", f"layer counts differ: {shown}", "only models of one shape can be merged tensor by tensor")]
     mistakes = []
     for label in models:
         names = [name for name, lacking in partial.items() if label in lacking]

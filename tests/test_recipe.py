@@ -261,3 +261,26 @@ def test_a_random_operator_depends_on_seed_tensor_and_model_name_only(write: Wri
     name = "lm_head.weight"
     assert torch.equal(one[name], again[name])
     assert not torch.equal(one[name], other[name])
+
+
+@pytest.mark.parametrize("unmatched", ["error", "keep", "drop"])
+def test_layers_are_never_kept_or_dropped_as_leftovers(write: Write, save_tensors: Save, unmatched: str) -> None:
+    tensors = {f"model.layers.{i}.mlp.up_proj.weight": torch.ones(2, 2) for i in range(3)}
+    tensors |= {f"model.layers.{i}.input_norm.weight": torch.ones(2) for i in range(3)}
+    save_tensors("short", tensors | {"lm_head.weight": torch.ones(4, 2)})
+    found = mistakes(write(f"merge: {{linear: {{models: [a, short], unmatched: {unmatched}}}}}"))
+    assert found == ["1: linear: layer counts differ: a has 4 in model.layers; short has 3 in model.layers"]
+
+
+def test_tensors_that_not_every_model_has_are_kept_or_dropped_only_when_asked(write: Write, save_tensors: Save) -> None:
+    tensors = {f"model.layers.{i}.mlp.up_proj.weight": torch.ones(2, 2) for i in range(4)}
+    tensors |= {f"model.layers.{i}.input_norm.weight": torch.ones(2) for i in range(4)}
+    save_tensors("extra", tensors | {"lm_head.weight": torch.ones(4, 2), "classifier.weight": torch.full((3, 2), 7.0)})
+    text = "merge: {linear: {models: [a, extra], unmatched: %s}}"
+    assert mistakes(write(text % "error")) == ["1: linear: a lacks 1 tensors that others have: classifier.weight"]
+    kept, dropped = composed(write(text % "keep")), composed(write(text % "drop"))
+    assert first(kept, "classifier.weight") == 7.0
+    (note,) = kept.notes
+    assert note == "1 tensors that not every model has were kept from the first model that has them: classifier.weight"
+    assert "classifier.weight" not in dropped.specs
+    assert dropped.notes == ("1 tensors that not every model has were left out: classifier.weight",)
