@@ -2,9 +2,10 @@
 
 from .compose import compose
 from .composition import Composition, composition
-from .layer_swap import Ends, Zone, layer_swap
+from .layer_swap import layer_swap
 from .recipe import Recipe, load
 from .tensorwise import Rule, tensorwise
+from .zones import Ends, Zone
 
 __all__ = [
     "Composition",

@@ -269,3 +269,9 @@ def test_what_needs_a_base_says_so(pair: Pair) -> None:
         compositions.layer_swap(task=pair[0], language=pair[1], bottom=1, top=1, rescale="mav")
     with pytest.raises(merge.MergeError, match="outside: base needs the base"):
         compositions.layer_swap(task=pair[0], language=pair[1], bottom=1, top=1, outside="base")
+
+
+def test_a_base_that_nothing_uses_is_noted_and_does_not_have_to_fit(pair: Pair, save_tensors: Save) -> None:
+    other = merge.open(save_tensors("other", layers_of(3, 0.0)))
+    merged = compositions.layer_swap(task=pair[0], language=pair[1], base=other, bottom=1, top=1)
+    assert merged.notes == ("the base is not used: only outside: base and rescale: mav do",)
