@@ -12,7 +12,7 @@ from portmanteau.merge import Checkpoint, MergeError, TensorSpec
 from portmanteau.merge.companions import vocabulary
 from portmanteau.merge.dtypes import is_float, promote
 from portmanteau.merge.errors import Mistake, some
-from portmanteau.merge.names import Layers, align, matches
+from portmanteau.merge.names import align, matches
 from portmanteau.merge.node import Node
 
 _HEADS = "*lm_head.weight|*embed_out.weight|*predictions.decoder.weight|*output_projection.weight"
@@ -46,11 +46,14 @@ def match(models: Mapping[str, Checkpoint], reference: str, unmatched: str = "er
 
     Raises MergeError, with every mistake found: names that not all have, shapes or vocabularies that differ.
     """
-    named, notes = _aligned(models, reference)
+    names_of, notes = _aligned(models, reference)
+    named = {
+        label: {names_of[label][name]: model.node(name) for name in model.specs} for label, model in models.items()
+    }
     every = list(dict.fromkeys(name for label in (reference, *models) for name in named[label]))
     partial = {name: [label for label in models if name not in named[label]] for name in every}
     partial = {name: lacking for name, lacking in partial.items() if lacking}
-    mistakes = _different_depths(named)
+    mistakes = _different_depths(models, names_of)
     if unmatched == "error" and not mistakes:
         mistakes += _missing(models, partial)
     mistakes += _different_shapes(named, every)
@@ -64,18 +67,18 @@ def match(models: Mapping[str, Checkpoint], reference: str, unmatched: str = "er
     return Matching({name: _met(name, named, complete=name not in partial) for name in names}, tuple(notes))
 
 
-def _aligned(models: Mapping[str, Checkpoint], reference: str) -> tuple[dict[str, dict[str, Node]], list[str]]:
-    """Give every model's nodes under the names of the reference."""
-    named: dict[str, dict[str, Node]] = {}
+def _aligned(models: Mapping[str, Checkpoint], reference: str) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """Give, for every model, the reference's name of each of its tensors, and notes on what was renamed."""
+    names_of: dict[str, dict[str, str]] = {}
     notes = []
     wanted = models[reference].specs
     for label, model in models.items():
         alignment = align(model.specs, wanted) if model.specs.keys() != wanted.keys() else None
         renamed = alignment.renamed if alignment else {}
-        named[label] = {renamed.get(name, name): model.node(name) for name in model.specs}
+        names_of[label] = {name: renamed.get(name, name) for name in model.specs}
         if alignment:
             notes.append(f"{label}: {len(renamed)} tensors renamed to those of {reference}: {alignment}")
-    return named, notes
+    return names_of, notes
 
 
 def _met(name: str, named: Mapping[str, Mapping[str, Node]], *, complete: bool) -> Met:
@@ -86,9 +89,9 @@ def _met(name: str, named: Mapping[str, Mapping[str, Node]], *, complete: bool) 
     return Met(replace(first, name=name, dtype=dtype), nodes, complete)
 
 
-def _different_depths(named: Mapping[str, Mapping[str, Node]]) -> list[Mistake]:
+def _different_depths(models: Mapping[str, Checkpoint], names_of: Mapping[str, Mapping[str, str]]) -> list[Mistake]:
     """Compare the layer counts of stacks that several models have. Layers are never kept or dropped as leftovers."""
-    counts = {label: {s.prefix: s.count for s in Layers(nodes).stacks} for label, nodes in named.items()}
+    counts = {label: _depths(model, names_of[label]) for label, model in models.items()}
     mistakes = []
     for prefix in dict.fromkeys(prefix for found in counts.values() for prefix in found):
         depths = {label: found[prefix] for label, found in counts.items() if prefix in found}
@@ -97,6 +100,12 @@ def _different_depths(named: Mapping[str, Mapping[str, Node]]) -> list[Mistake]:
             hint = "only models of one shape can be merged tensor by tensor"
             mistakes.append(Mistake("", f"layer counts differ: {shown}", hint))
     return mistakes
+
+
+def _depths(model: Checkpoint, names: Mapping[str, str]) -> dict[str, int]:
+    """Count the layers of a model's stacks, by the prefix that the reference has for their first layer."""
+    places = {name: place for name in names if (place := model.layers.place(name)) and place.layer == 0}
+    return {names[name].removesuffix(f".0.{place.inner}"): place.stack.count for name, place in places.items()}
 
 
 def _missing(models: Mapping[str, Checkpoint], partial: Mapping[str, list[str]]) -> list[Mistake]:
