@@ -34,7 +34,8 @@ LLAMAS = {
     "ties": "ties: {base: instruct, models: {german: 1.0}, density: 0.2}",
 }
 ENCODERS = {
-    "layer_swap": "layer_swap: {task: yields, language: classes, bottom: 3, top: 2, base: pretrained, unmatched: HOW}",
+    "layer_swap": "layer_swap: {task: yields, language: classes, bottom: 3, top: 2, base: pretrained, rescale: mav, "
+    "unmatched: HOW}",
     "linear": "linear: {models: [pretrained, classes, yields], unmatched: HOW}",
     "ties": "ties: {base: pretrained, models: {classes: 1.0, yields: 1.0}, density: 0.2, unmatched: HOW}",
 }
