@@ -1,5 +1,6 @@
 """Which tensors meet: compositions take checkpoints and give a checkpoint, nothing read until it is asked for."""
 
+from .average import Exponential, average
 from .compose import compose
 from .composition import Composition, composition
 from .layer_swap import layer_swap
@@ -10,9 +11,11 @@ from .zones import Ends, Zone
 __all__ = [
     "Composition",
     "Ends",
+    "Exponential",
     "Recipe",
     "Rule",
     "Zone",
+    "average",
     "compose",
     "composition",
     "layer_swap",

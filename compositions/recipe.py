@@ -154,7 +154,9 @@ class _Reader:
         here = (*path, name)
         if name in compositions():
             found = self._validated(schema_of(name), arguments or {}, here)
-            return Body(name, here, _fields(found), is_operator=False) if found is not None else None
+            return (
+                Body(name, here, self._expanded(_fields(found), here), is_operator=False) if found is not None else None
+            )
         if name not in operators():
             self._wrong(
                 here, f"unknown composition or operator {name!r}", nearest(name, [*compositions(), *operators()])
@@ -162,6 +164,19 @@ class _Reader:
             return None
         body = self._validated(_OperatorBody, arguments or {}, here)
         return Body(name, here, self._operator_arguments(name, body, here), is_operator=True) if body else None
+
+    def _expanded(self, arguments: dict[str, Any], path: KeyPath) -> dict[str, Any]:
+        """Put the checkpoints that a pattern stands for in its place, in lists of references."""
+        folder = Path(self._document.file).parent
+        result = dict(arguments)
+        for key, value in arguments.items():
+            patterns = value if isinstance(value, list) else [value]
+            if any(isinstance(one, Reference) and one.is_pattern for one in patterns):
+                found = [(one, one.expanded(folder)) for one in patterns]
+                for one in (one for one, several in found if not several):
+                    self._wrong((*path, key), f"nothing is called {one.path!r}")
+                result[key] = [reference for _, several in found for reference in several]
+        return result
 
     def _operator_arguments(self, name: str, body: _OperatorBody, path: KeyPath) -> dict[str, Any]:
         """Turn an operator's body into the arguments of `tensorwise`, and check its settings."""

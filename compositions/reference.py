@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import glob
 import operator
+import re
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,15 +35,34 @@ class Reference(BaseModel):
         """Give the path that it would be on this machine, relative to the recipe's folder."""
         return folder / Path(self.path).expanduser()
 
+    @property
+    def is_pattern(self) -> bool:
+        """Tell whether it may stand for several checkpoints: `runs/*/checkpoint-*`."""
+        return any(sign in self.path for sign in "*?[")
+
+    def expanded(self, folder: Path) -> list[Reference]:
+        """Give what a pattern stands for, sorted with numbers as numbers; what is no pattern stands for itself."""
+        if not self.is_pattern:
+            return [self]
+        found = sorted(glob.glob(self.path, root_dir=folder), key=_numbers_as_numbers)  # noqa: PTH207 - keeps the path as written
+        return [Reference(path=path) for path in found]
+
     def is_on_hub(self, folder: Path) -> bool:
         """Tell whether it is no local path, and has the form of a Hub id."""
         return not self.local(folder).exists() and is_hub_id(self.path)
 
 
+def _numbers_as_numbers(path: str) -> list[str | int]:
+    """Order `checkpoint-90` before `checkpoint-100`."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)]
+
+
 def as_reference(annotation: Any) -> Any:
-    """Put Reference in the place of Checkpoint, anywhere in an annotation."""
+    """Put Reference in the place of Checkpoint, anywhere in an annotation; one may stand for a list of them."""
     if annotation is Checkpoint:
         return Reference
+    if annotation == Sequence[Checkpoint]:
+        return list[Reference] | Reference
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
         return Annotated[as_reference(arguments[0]), *arguments[1:]]

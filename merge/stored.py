@@ -72,6 +72,11 @@ class StoredCheckpoint(Checkpoint):
                 self._file[name] = file
         self.specs: Mapping[str, TensorSpec] = {name: file.specs[name] for name, file in self._file.items()}
 
+    @property
+    def folder(self) -> Path:
+        """The folder of its files."""
+        return self.files[0].path.parent
+
     def node(self, name: str) -> Source:
         """Give the stored tensor."""
         return Source(self, self.specs[name])

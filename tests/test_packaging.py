@@ -195,9 +195,11 @@ def test_compositions_has_exactly_these_public_names() -> None:
     assert compositions.__all__ == [
         "Composition",
         "Ends",
+        "Exponential",
         "Recipe",
         "Rule",
         "Zone",
+        "average",
         "compose",
         "composition",
         "layer_swap",
