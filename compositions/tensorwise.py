@@ -9,8 +9,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from portmanteau.merge import Checkpoint, Composed, MergeError, Operator, Step
-from portmanteau.merge.dtypes import is_float
-from portmanteau.merge.errors import Mistake, nearest
+from portmanteau.merge.dtypes import is_float, is_packed
+from portmanteau.merge.errors import Mistake, nearest, some
 from portmanteau.merge.names import Place, matches
 from portmanteau.merge.node import Inputs, copy_of
 from portmanteau.merge.operator import Setting
@@ -75,6 +75,10 @@ def tensorwise(
     job = _Job(tuple(models), reference if base is not None else None, operator, settings or {}, tuple(rules))
     layers = every[reference].layers
     nodes = {name: job.step(met, layers.place(name)) for name, met in matching.tensors.items()}
+    packed = [name for name, step in nodes.items() if step.operator.name != "copy" and is_packed(step.output.dtype)]
+    if packed:
+        hint = "merge the models before they are quantised, or take these from one of them: a rule with operator: copy"
+        raise MergeError("", f"{len(packed)} quantised tensors cannot be merged: {some(packed)}", hint)
     return Composed(operator, nodes, every[reference].companions, matching.notes)
 
 

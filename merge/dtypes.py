@@ -61,6 +61,11 @@ def is_float(dtype: str) -> bool:
     return DTYPES[dtype].kind == "float"
 
 
+def is_packed(dtype: str) -> bool:
+    """Tell whether entries of this dtype mean nothing on their own: parts of quantised tensors."""
+    return DTYPES[dtype].kind == "packed"
+
+
 def torch_dtype(dtype: str) -> torch.dtype:
     """Give torch's dtype for a safetensors name."""
     import torch

@@ -115,6 +115,7 @@ def build(
     plan = make_plan(checkpoint, parse(dtype) if dtype else None)
     check_place(out, nbytes=plan.bytes_written, force=force)
     limits = Limits.of(threads, memory)
+    limits.session(plan)  # a budget that is too small is refused here
     with published(out) as folder:
         writer = Writer(folder, (step.output for step in plan.steps), shard_size)
         try:

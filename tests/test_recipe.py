@@ -263,6 +263,18 @@ def test_a_random_operator_depends_on_seed_tensor_and_model_name_only(write: Wri
     assert not torch.equal(one[name], other[name])
 
 
+def test_quantised_tensors_are_merged_by_copying_only(write: Write, tmp_path: Path) -> None:
+    for name in ("q", "r"):
+        header = b'{"w":{"dtype":"F4","shape":[4],"data_offsets":[0,2]}}   '
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"ab")
+    found = mistakes(write("merge: {linear: {models: [q, r]}}"))
+    assert found == ["1: linear: 1 quantised tensors cannot be merged: w"]
+    rule = "rules: [{tensors: w, operator: copy, models: [r]}]"
+    merge.build(composed(write(f"merge: {{linear: {{models: [q, r], {rule}}}}}")), tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes().endswith(b"ab")
+
+
 @pytest.mark.parametrize("unmatched", ["error", "keep", "drop"])
 def test_layers_are_never_kept_or_dropped_as_leftovers(write: Write, save_tensors: Save, unmatched: str) -> None:
     tensors = {f"model.layers.{i}.mlp.up_proj.weight": torch.ones(2, 2) for i in range(3)}
