@@ -10,14 +10,17 @@ from pydantic import Field
 
 from portmanteau.merge import Checkpoint, Composed, MergeError, Step, Survey
 from portmanteau.merge.dtypes import is_float
+from portmanteau.merge.errors import Mistake
 from portmanteau.merge.names import Place, Stack
-from portmanteau.merge.node import Inputs, copy_of
+from portmanteau.merge.node import Finding, Inputs, copy_of
 from portmanteau.merge.registry import find
-from portmanteau.merge.surveys import balanced_weights
+from portmanteau.merge.surveys import balanced_weights, weights_by_change
 
 from .composition import composition
 from .matching import Matching, Met, Unmatched, match
 from .zones import Asked, ByModule, Count, Ends, Module, Share, Zone, of_module, resolve
+
+_MATRIX = 2
 
 
 @composition(
@@ -32,6 +35,10 @@ def layer_swap(
     top: Annotated[Count | None, Field(description="layers of the language expert at the top")] = None,
     transition: Annotated[Count | Ends, Field(description="layers that mix both, next to each of these")] = 1,
     blend: Annotated[Share, Field(description="share of the language expert in transition layers")] = 0.5,
+    layers: Annotated[
+        Literal["auto"] | None, Field(description="auto: each layer from the expert that changed it more, by a survey")
+    ] = None,
+    threshold: Annotated[Share, Field(description="auto: within this difference of shares, layers are mixed")] = 0.001,
     rescale: Annotated[
         Literal["none", "mav"],
         Field(description="mav: in transition layers, bring both changes from base to the same mean absolute value"),
@@ -56,27 +63,57 @@ def layer_swap(
     `rescale: mav`, both changes from `base` are first brought to the same mean absolute value over the layer (a
     survey). Everything outside the layers follows `outside`; tensors that are no floats are the task expert's.
 
+    With `layers: auto` a survey compares, layer by layer, each expert's share of its own change (Σ ‖Δ‖/‖base‖ over the
+    layer's matrices): the one that leads by more than `threshold` gives the layer, else both are mixed by `blend`.
+
     Raises MergeError for models that do not fit, shared layers, or more layers asked for than there are.
     """
+    asked = Asked(Zone(bottom, top, transition, blend), modules or {}, stacks or {})
+    auto, mav = layers == "auto", rescale == "mav"
+    needs_base = {"layers: auto": auto, "outside: base": outside == "base", "rescale: mav": mav}
+    _refuse(needs_base, base, asked)
     models = {"task": task, "language": language}
-    donor = "language" if outside == "average" else outside
-    if outside == "base" or rescale == "mav":
-        if base is None:
-            asked = "outside: base" if outside == "base" else "rescale: mav"
-            raise MergeError("base", f"{asked} needs the base", "add base: the model that both were trained from")
+    if base is not None and any(needs_base.values()):
         models["base"] = base
-    matching = match(models, donor, unmatched)
-    zones = resolve(models[donor], Asked(Zone(bottom, top, transition, blend), modules or {}, stacks or {}))
-    job = _Job(zones, outside, rescale, _surveys(matching, models[donor], zones) if rescale == "mav" else {})
-    nodes = {name: job.step(met, models[donor].layers.place(name)) for name, met in matching.tensors.items()}
-    unused = base is not None and "base" not in models
-    notes = ("the base is not used: only outside: base and rescale: mav do",) if unused else ()
-    return Composed("layer_swap", nodes, models[donor].companions, (*matching.notes, *notes))
+    donor = models["language" if outside == "average" else outside]
+    matching = match(models, "language" if outside == "average" else outside, unmatched)
+    if auto:
+        whole = dict.fromkeys((stack.prefix for stack in donor.layers.stacks), Zone(0, 0, 0, blend))
+        zones = resolve(donor, Asked(Zone(0, 0, 0, blend), stacks=whole))
+        job = _Job(zones, outside, _by_change(matching, donor, threshold, blend), auto=True)
+    else:
+        zones = resolve(donor, asked)
+        job = _Job(zones, outside, _surveys(matching, donor, zones) if mav else {})
+    nodes = {name: job.step(met, donor.layers.place(name)) for name, met in matching.tensors.items()}
+    unused = () if base is None or "base" in models else (f"the base is not used: only {_listed(needs_base)} do",)
+    return Composed("layer_swap", nodes, donor.companions, (*matching.notes, *unused))
+
+
+def _refuse(needs_base: Mapping[str, bool], base: Checkpoint | None, asked: Asked) -> None:
+    """Refuse keys that contradict each other, or that need a base where there is none."""
+    mistakes = []
+    if base is None and any(needs_base.values()):
+        needing = _listed({key: True for key, needed in needs_base.items() if needed})
+        hint = "add base: the model that both were trained from"
+        mistakes.append(Mistake("base", f"{needing} needs the base", hint))
+    given = {**vars(asked.common), "modules": asked.modules, "stacks": asked.stacks}
+    told = [key for key in ("bottom", "top", "modules", "stacks") if given[key] not in (None, {})]
+    if needs_base["layers: auto"] and (told or needs_base["rescale: mav"]):
+        told += ["rescale"] if needs_base["rescale: mav"] else []
+        mistakes.append(
+            Mistake("layers", f"auto chooses the layers itself, and {', '.join(told)} is given", "leave one out")
+        )
+    if mistakes:
+        raise MergeError.of(mistakes)
+
+
+def _listed(keys: Mapping[str, bool]) -> str:
+    return " and ".join(keys)
 
 
 def _surveys(
     matching: Matching, donor: Checkpoint, zones: Mapping[Stack, ByModule]
-) -> dict[tuple[Stack, int, str], Survey]:
+) -> dict[tuple[Stack, int, str], Finding]:
     """Plan, for every transition layer (and module with numbers of its own), the survey of both experts' changes."""
     meeting: dict[tuple[Stack, int, str], list[Inputs]] = {}
     blends: dict[tuple[Stack, int, str], float] = {}
@@ -90,15 +127,30 @@ def _surveys(
             pair = (met.nodes["language"], met.nodes["task"])
             meeting.setdefault(key, []).append(Inputs(pair, met.nodes["base"]))
             blends[key] = shares.blend
-    return {
-        key: Survey(
-            f"mean absolute change of {key[0]}.{key[1]}" + (f" ({key[2]})" if key[2] else ""),
-            balanced_weights,
-            tuple(inputs),
-            {"blend": blends[key]},
-        )
-        for key, inputs in meeting.items()
+    found = {}
+    for key, inputs in meeting.items():
+        name = f"{key[0]}.{key[1]}" + (f" ({key[2]})" if key[2] else "")
+        title = f"mean absolute change of {name}"
+        found[key] = Finding(Survey(title, balanced_weights, {name: tuple(inputs)}, {"blend": blends[key]}), name)
+    return found
+
+
+def _by_change(
+    matching: Matching, donor: Checkpoint, threshold: float, blend: float
+) -> dict[tuple[Stack, int, str], Finding]:
+    """Plan, for every stack, the survey that gives each layer to the expert which changed it more."""
+    groups: dict[Stack, dict[tuple[int, str], tuple[Inputs]]] = {}
+    for name, met in matching.tensors.items():
+        place = donor.layers.place(name)
+        if place is not None and met.complete and is_float(met.spec.dtype) and len(met.spec.shape) == _MATRIX:
+            pair = (met.nodes["language"], met.nodes["task"])
+            groups.setdefault(place.stack, {})[place.layer, place.inner] = (Inputs(pair, met.nodes["base"]),)
+    settings = {"threshold": threshold, "blend": blend}
+    surveys = {
+        stack: Survey(f"shares of change of the layers in {stack}", weights_by_change, inputs, settings)
+        for stack, inputs in groups.items()
     }
+    return {(stack, i, ""): Finding(survey, i) for stack, survey in surveys.items() for i in range(stack.count)}
 
 
 @dataclass(frozen=True)
@@ -107,8 +159,8 @@ class _Job:
 
     zones: Mapping[Stack, ByModule]
     outside: str
-    rescale: str
-    surveys: Mapping[tuple[Stack, int, str], Survey] = field(default_factory=dict)
+    findings: Mapping[tuple[Stack, int, str], Finding] = field(default_factory=dict)
+    auto: bool = False
 
     def step(self, met: Met, place: Place | None) -> Step:
         """Make the step for one output tensor."""
@@ -118,23 +170,26 @@ class _Job:
         if not is_float(met.spec.dtype):
             return copy_of(met.nodes["task"], met.spec, "task")
         if place is None or place.stack not in self.zones:
-            return self._mixed(met, 0.5) if self.outside == "average" else self._copied(met, self.outside)
+            return self._mixed(met, (0.5, 0.5)) if self.outside == "average" else self._copied(met, self.outside)
         which, shares = of_module(self.zones[place.stack], place)
+        finding = self.findings.get((place.stack, place.layer, which))
+        if self.auto and finding is not None:
+            return self._mixed(met, finding)
         side = shares.side(place.layer, place.stack.count)
         if side != "blend":
             return self._copied(met, side)
-        survey = self.surveys.get((place.stack, place.layer, which))
-        return self._mixed(met, shares.blend) if survey is None else self._balanced(met, survey)
+        weights = (shares.blend, 1 - shares.blend)
+        return self._mixed(met, weights) if finding is None else self._balanced(met, finding)
 
     def _copied(self, met: Met, label: str) -> Step:
         return copy_of(met.nodes[label], met.spec, label)
 
-    def _mixed(self, met: Met, blend: float) -> Step:
+    def _mixed(self, met: Met, weights: tuple[float, float] | Finding) -> Step:
         inputs = Inputs((met.nodes["language"], met.nodes["task"]))
-        settings = {"weight": (blend, 1 - blend), "normalize": False}
+        settings = {"weight": weights, "normalize": False}
         return Step(met.spec, find("linear"), settings, inputs, ("language", "task"))
 
-    def _balanced(self, met: Met, survey: Survey) -> Step:
+    def _balanced(self, met: Met, finding: Finding) -> Step:
         inputs = Inputs((met.nodes["language"], met.nodes["task"]), met.nodes["base"])
-        settings = {"weight": survey, "normalize": False, "scale": 1.0}
+        settings = {"weight": finding, "normalize": False, "scale": 1.0}
         return Step(met.spec, find("task_arithmetic"), settings, inputs, ("language", "task"))

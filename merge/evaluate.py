@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .dtypes import byte_size, torch_dtype
 from .errors import MergeError, Mistake, PortmanteauError
-from .node import Inputs, Node, Source, Step, Survey, sources
+from .node import Finding, Inputs, Node, Source, Step, Survey, sources
 from .operator import Part, Parts, call
 
 if TYPE_CHECKING:
@@ -116,18 +116,24 @@ class Evaluation:
         return (models.sub_(base) if deltas else models), base
 
     def _resolved(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        return {k: self._session.found[v] if isinstance(v, Survey) else v for k, v in settings.items()}
+        found = self._session.found
+        return {k: found[v.survey][v.key] if isinstance(v, Finding) else v for k, v in settings.items()}
 
     def survey(self, survey: Survey) -> Any:
         """Carry out a survey: go through all its tensors, part by part."""
+        groups = {key: self._group(group) for key, group in survey.groups.items()}
+        return survey.measure(groups, **survey.settings)
+
+    def _group(self, group: tuple[Inputs, ...]) -> Parts:
+        """Give the parts of several tensors, one after the other."""
 
         def parts() -> Iterator[tuple[Tensor, ...]]:
-            for inputs in survey.inputs:
+            for inputs in group:
                 for span in self._session.spans(next(iter(inputs)).output.entries):
                     yield self._gather(inputs, span, deltas=inputs.base is not None)
 
-        entries = sum(next(iter(inputs)).output.entries for inputs in survey.inputs)
-        return survey.measure(Parts(parts, len(survey.inputs[0].models), entries), **survey.settings)
+        entries = sum(next(iter(inputs)).output.entries for inputs in group)
+        return Parts(parts, len(group[0].models), entries)
 
 
 def _stream(tensor: str, label: str) -> int:

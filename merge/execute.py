@@ -22,7 +22,7 @@ from .evaluate import GRID, LARGEST_PART, Evaluation, Session
 from .node import Source, Step
 from .output import check_place, published
 from .plan import Plan, make_plan
-from .receipt import Receipt, make_receipt
+from .receipt import Done, Receipt, make_receipt
 from .storage import BLOCK
 from .units import readable
 from .writer import Writer
@@ -119,19 +119,19 @@ def build(
     with published(out) as folder:
         writer = Writer(folder, (step.output for step in plan.steps), shard_size)
         try:
-            outputs = carry_out(plan, writer, limits, progress or Progress())
+            done = carry_out(plan, writer, limits, progress or Progress())
             writer.finish()
         finally:
             writer.close()
         companions.write(checkpoint.companions, folder, [step.output for step in plan.steps])
         (folder / "README.md").write_text(model_card.text(plan, recipe), encoding="utf-8")
-        receipt = make_receipt(plan, outputs, recipe, time.monotonic() - begun)
+        receipt = make_receipt(plan, done, recipe, time.monotonic() - begun)
         receipt.write(folder)
     return receipt
 
 
-def carry_out(plan: Plan, writer: Writer, limits: Limits, progress: Progress) -> dict[str, str]:
-    """Make every tensor of a plan and write it; give the BLAKE3 digest of each, in the plan's order."""
+def carry_out(plan: Plan, writer: Writer, limits: Limits, progress: Progress) -> Done:
+    """Make every tensor of a plan and write it; give the BLAKE3 digest of each, and what the surveys found."""
     threads, session = limits.session(plan)
     with _pool(threads, plan) as run:
         if plan.surveys:
@@ -142,7 +142,7 @@ def carry_out(plan: Plan, writer: Writer, limits: Limits, progress: Progress) ->
         progress.begin("merge", plan.bytes_written, len(plan.steps))
         checks_first = sorted(plan.steps, key=lambda step: (step.operator.name != "equal", -step.output.nbytes))
         digests = run((_Making(step, session, writer, progress) for step in checks_first), len(plan.steps))
-    return {step.output.name: digests[step.output.name] for step in plan.steps}
+    return Done({step.output.name: digests[step.output.name] for step in plan.steps}, session.found)
 
 
 @dataclass(frozen=True)

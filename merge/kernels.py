@@ -26,9 +26,14 @@ _DRAWS = 1 << 15
 
 
 def weighted_sum(tensors: Tensor, weights: Sequence[float]) -> Tensor:
-    """Sum w_i · tensors_i in the order given. Shapes: [n, *shape] → [*shape]."""
-    total = tensors[0] * weights[0]
-    for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
+    """Sum w_i · tensors_i in the order given; a weight of 0 leaves its tensor out. Shapes: [n, *shape] → [*shape]."""
+    import torch
+
+    present = [(tensor, weight) for tensor, weight in zip(tensors, weights, strict=True) if weight != 0]
+    if not present:
+        return torch.zeros_like(tensors[0])
+    total: Tensor = present[0][0] * present[0][1]
+    for tensor, weight in present[1:]:
         total += tensor if weight == 1 else tensor * weight
     return total
 

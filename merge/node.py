@@ -70,21 +70,38 @@ class Survey:
 
     Attributes:
         title: what is found, as the plan shows it: `mean absolute change of layer 5`.
-        measure: function of (parts, **settings), as an operator's: the parts run over all tensors, one after the other.
-        inputs: the tensors, those that meet in one operation together; taken as deltas where there is a base.
+        measure: function of (groups, **settings): for every group the parts of its tensors, one tensor after the other.
+        groups: the tensors under the names that the measure knows them by, those that meet in one operation together;
+            taken as deltas where there is a base.
         settings: passed on to the measure.
 
     """
 
     title: str
     measure: Measure
-    inputs: tuple[Inputs, ...]
+    groups: Mapping[Any, tuple[Inputs, ...]]
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[Source | Step]:
+        """Go through all nodes that it reads."""
+        return (node for group in self.groups.values() for inputs in group for node in inputs)
 
     @property
     def nbytes(self) -> int:
         """The bytes that it reads."""
-        return sum(source.spec.nbytes for inputs in self.inputs for node in inputs for source in sources(node))
+        return sum(source.spec.nbytes for node in self for source in sources(node))
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One of the things that a survey finds, as a setting: what stands under a key of its result."""
+
+    survey: Survey
+    key: Any
+
+    def __str__(self) -> str:
+        """What a plan shows as long as the survey has not been carried out."""
+        return f"by {self.survey.title}"
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -94,7 +111,7 @@ class Step:
     Attributes:
         output: name, dtype and shape of the result.
         operator: what is done.
-        settings: its settings for this tensor; a Survey stands for the value that it will find.
+        settings: its settings for this tensor; a Finding stands for what a survey will find.
         inputs: the tensors that it is done to: stored ones, or the results of other steps.
         labels: what the models are called; feeds the random streams.
         why: the recipe line that asked for it.
@@ -142,8 +159,8 @@ def surveys(node: Node) -> Iterator[Survey]:
     """Go through the surveys that a node waits for, inner ones first."""
     if isinstance(node, Step):
         for value in node.settings.values():
-            if isinstance(value, Survey):
-                yield from (found for inputs in value.inputs for inner in inputs for found in surveys(inner))
-                yield value
+            if isinstance(value, Finding):
+                yield from (found for inner in value.survey for found in surveys(inner))
+                yield value.survey
         for inner in node.inputs:
             yield from surveys(inner)

@@ -9,7 +9,7 @@ from functools import cached_property
 from .checkpoint import Checkpoint
 from .dtypes import is_float
 from .errors import MergeError, Mistake
-from .node import Node, Step, Survey, copy_of, sources, surveys
+from .node import Finding, Node, Step, Survey, copy_of, sources, surveys
 from .stored import StoredCheckpoint
 
 
@@ -29,7 +29,7 @@ class Plan:
     def checkpoints(self) -> tuple[StoredCheckpoint, ...]:
         """The stored checkpoints that are read, in the order of their first use."""
         found = [source.checkpoint for step in self.steps for source in sources(step)]
-        found += [s.checkpoint for y in self.surveys for inputs in y.inputs for n in inputs for s in sources(n)]
+        found += [source.checkpoint for survey in self.surveys for node in survey for source in sources(node)]
         return tuple(dict.fromkeys(one for one in found if isinstance(one, StoredCheckpoint)))
 
     @property
@@ -63,9 +63,9 @@ def make_plan(checkpoint: Checkpoint, dtype: str | None = None) -> Plan:
 
 
 def _refusals(node: Node) -> Iterator[Mistake]:
-    """Ask the operators whether the settings can be meant; a Survey's value is not known yet."""
+    """Ask the operators whether the settings can be meant; what a survey will find is not known yet."""
     if isinstance(node, Step):
-        known = {key: value for key, value in node.settings.items() if not isinstance(value, Survey)}
+        known = {key: value for key, value in node.settings.items() if not isinstance(value, Finding)}
         reason = node.operator.refuses(len(node.inputs.models), known)
         if reason:
             yield Mistake(node.why, f"{node.operator.name}: {reason}", f"first seen at tensor {node.output.name}")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import blake3
 
-from .node import Survey, steps
+from .node import Finding, Survey, steps
 from .plan import Plan
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ class Receipt:
         inputs: for each checkpoint its label, revision and files with size, time (seconds) and header digest (BLAKE3).
         outputs: tensor → BLAKE3 digest of its bytes.
         choices: what each kind of step did, with its settings and how many tensors it made.
+        surveys: what each survey found.
         notes: what was renamed, kept or left out because the recipe said so.
         seeds: the seeds of all random steps.
         versions: of portmanteau, Python and torch.
@@ -41,6 +42,7 @@ class Receipt:
     inputs: tuple[Mapping[str, Any], ...]
     outputs: Mapping[str, str]
     choices: tuple[Mapping[str, Any], ...]
+    surveys: Mapping[str, Any]
     notes: tuple[str, ...]
     seeds: tuple[int, ...]
     seconds: float
@@ -52,13 +54,28 @@ class Receipt:
         (folder / RECEIPT).write_text(text + "\n", encoding="utf-8")
 
 
-def make_receipt(plan: Plan, outputs: Mapping[str, str], recipe: str | None, seconds: float) -> Receipt:
+@dataclass(frozen=True)
+class Done:
+    """What carrying out a plan gave: a digest for every tensor, and what the surveys found."""
+
+    digests: Mapping[str, str]
+    found: Mapping[Survey, Any]
+
+
+def make_receipt(plan: Plan, done: Done, recipe: str | None, seconds: float) -> Receipt:
     """Put the record together."""
     text = {"text": recipe, "digest": digest(recipe.encode())} if recipe is not None else None
     inputs = tuple(_input(checkpoint) for checkpoint in plan.checkpoints)
     every = (inner for step in plan.steps for inner in steps(step))
     seeds = dict.fromkeys(step.settings["seed"] for step in every if "seed" in step.settings)
-    return Receipt(text, inputs, dict(outputs), choices(plan), plan.notes, tuple(seeds), round(seconds, 3))
+    surveys = {survey.title: _plain(value) for survey, value in done.found.items()}
+    what = choices(plan)
+    return Receipt(text, inputs, dict(done.digests), what, surveys, plan.notes, tuple(seeds), round(seconds, 3))
+
+
+def _plain(value: Any) -> Any:
+    """Make the keys of a mapping text, as JSON has them."""
+    return {str(key): one for key, one in value.items()} if isinstance(value, Mapping) else value
 
 
 def digest(data: bytes) -> str:
@@ -70,7 +87,7 @@ def choices(plan: Plan) -> tuple[dict[str, Any], ...]:
     """Group the steps by what was done: operator, settings, models and the reason."""
     groups: dict[str, dict[str, Any]] = {}
     for step in plan.steps:
-        settings = {key: value.title if isinstance(value, Survey) else value for key, value in step.settings.items()}
+        settings = {key: str(value) if isinstance(value, Finding) else value for key, value in step.settings.items()}
         row = {"operator": step.operator.name, "settings": settings, "models": step.labels, "why": step.why}
         found = groups.setdefault(json.dumps(row, sort_keys=True, default=str), {**row, "tensors": 0, "bytes": 0})
         found["tensors"] += 1

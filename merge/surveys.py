@@ -1,17 +1,48 @@
-"""Measures that run over many tensors before a merge begins: what a Survey finds."""
+"""What surveys find: measures that run over many tensors before a merge begins."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Mapping
 
 from .kernels import sums_over
 from .operator import Parts
 
+Weights = tuple[float, float]
 
-def balanced_weights(parts: Parts, *, blend: float) -> tuple[float, float]:
-    """Find weights for two deltas such that both bring the same mean absolute change, shared out by `blend`.
 
-    Formula: s_i = mean |d_i| over all tensors, m = (s_1 + s_2) / 2; the weights are blend · m / s_1 and
+def balanced_weights(groups: Mapping[str, Parts], *, blend: float) -> dict[str, Weights]:
+    """Find, for each group, weights for two deltas such that both bring the same mean absolute change.
+
+    Formula: s_i = mean |d_i| over all tensors of the group, m = (s_1 + s_2) / 2; the weights are blend · m / s_1 and
     (1 − blend) · m / s_2. A delta of zero keeps its plain share.
     """
-    first, second = sums_over((deltas[0].abs(), deltas[1].abs()) for (deltas, *_) in parts)
-    mean = (first + second) / 2
-    return blend * (mean / first if first else 1.0), (1 - blend) * (mean / second if second else 1.0)
+    found = {}
+    for key, parts in groups.items():
+        first, second = sums_over((deltas[0].abs(), deltas[1].abs()) for (deltas, *_) in parts)
+        mean = (first + second) / 2
+        shares = blend * (mean / first if first else 1.0), (1 - blend) * (mean / second if second else 1.0)
+        found[key] = shares
+    return found
+
+
+def weights_by_change(groups: Mapping[tuple[int, str], Parts], *, threshold: float, blend: float) -> dict[int, Weights]:
+    """Give every layer to that of two models which changed it more, by its share of all change.
+
+    Formula: n_x[l] = Σ ‖d_x‖_F / ‖base‖_F over the matrices of layer l, p_x = n_x / Σ_l n_x; the weights are (1, 0)
+    where p_1 − p_2 > threshold, (0, 1) where p_2 − p_1 > threshold, else (blend, 1 − blend). The rule of
+    arXiv 2601.22620's code, by layer. The groups are matrices, under (layer, name).
+    """
+    sizes: dict[int, list[float]] = {}
+    for (layer, _), parts in groups.items():
+        found = sums_over((d[0].double() ** 2, d[1].double() ** 2, b.double() ** 2) for d, b in parts)
+        norms = [math.sqrt(square) for square in found]
+        of_layer = sizes.setdefault(layer, [0.0, 0.0])
+        for model in (0, 1):
+            of_layer[model] += norms[model] / norms[2] if norms[2] else 0.0
+    totals = [math.fsum(of_layer[model] for of_layer in sizes.values()) or 1.0 for model in (0, 1)]
+    result = {}
+    for layer, (first, second) in sizes.items():
+        lead = first / totals[0] - second / totals[1]
+        result[layer] = (1.0, 0.0) if lead > threshold else (0.0, 1.0) if lead < -threshold else (blend, 1 - blend)
+    return result

@@ -274,4 +274,42 @@ def test_what_needs_a_base_says_so(pair: Pair) -> None:
 def test_a_base_that_nothing_uses_is_noted_and_does_not_have_to_fit(pair: Pair, save_tensors: Save) -> None:
     other = merge.open(save_tensors("other", layers_of(3, 0.0)))
     merged = compositions.layer_swap(task=pair[0], language=pair[1], base=other, bottom=1, top=1)
-    assert merged.notes == ("the base is not used: only outside: base and rescale: mav do",)
+    assert merged.notes == ("the base is not used: only layers: auto and outside: base and rescale: mav do",)
+
+
+def changed(base: Mapping[str, Tensor], sizes: list[float]) -> dict[str, Tensor]:
+    """Move every matrix of layer i by sizes[i] times itself, so that its relative change is that number."""
+    moved = [name for name, tensor in base.items() if ".layers." in name and tensor.dim() == 2]
+    return {**base, **{name: base[name] * (1 + sizes[int(name.split(".")[2])]) for name in moved}}
+
+
+def test_auto_gives_each_layer_to_the_expert_that_changed_it_more(save_tensors: Save, tmp_path: Path) -> None:
+    base = layers_of(4, 1.0)
+    # shares of change: task .1 .4 .4 .1, language .4 .1 .4 .1; two matrices a layer
+    experts = {"task": changed(base, [0.01, 0.04, 0.04, 0.01]), "language": changed(base, [0.08, 0.02, 0.08, 0.02])}
+    for name, tensors in {"base": base, **experts}.items():
+        save_tensors(name, tensors)
+    opened = {name: merge.open(tmp_path / name) for name in ("task", "language", "base")}
+    merged = compositions.layer_swap(**opened, layers="auto", threshold=0.01, blend=0.25)
+    inner = "mlp.up_proj.weight"
+    expected = [1.08, 1.04, 0.25 * 1.08 + 0.75 * 1.04, 0.25 * 1.02 + 0.75 * 1.01]
+    torch.testing.assert_close(torch.tensor(share_of_language(merged, inner)), torch.tensor(expected))
+    assert torch.equal(merged[f"model.layers.0.{inner}"], experts["language"][f"model.layers.0.{inner}"])
+    assert torch.equal(merged[f"model.layers.1.{inner}"], experts["task"][f"model.layers.1.{inner}"])
+
+    receipt = merge.build(merged, tmp_path / "out")
+    assert receipt.surveys == {
+        "shares of change of the layers in model.layers": {
+            "0": (1.0, 0.0), "1": (0.0, 1.0), "2": (0.25, 0.75), "3": (0.25, 0.75)
+        }
+    }  # fmt: skip
+    assert json.loads((tmp_path / "out" / "portmanteau.json").read_text())["surveys"]
+
+
+def test_auto_takes_no_numbers_of_layers_and_needs_a_base(pair: Pair) -> None:
+    with pytest.raises(merge.MergeError) as caught:
+        compositions.layer_swap(task=pair[0], language=pair[1], layers="auto", bottom=1)
+    assert [mistake.what for mistake in caught.value.mistakes] == [
+        "layers: auto needs the base",
+        "auto chooses the layers itself, and bottom is given",
+    ]
