@@ -188,8 +188,10 @@ def diff(
     if as_json:
         _print_json(change_tables.document(found, tensors=tensors))
         return
-    rows = [(row.tensor or row.where, *change_tables.cells(row.change)) for row in (found.tensors if tensors else found.layers)]
-    _table(("", *change_tables.MEASURES.values()), [*rows, ("whole", *change_tables.cells(found.whole))])
+    shown = found.tensors if tensors else found.layers
+    rows = [(row.tensor or row.where, *change_tables.cells(row.change)) for row in shown]
+    titles = ("tensor" if tensors else "layer", *change_tables.MEASURES.values())
+    _table(titles, [*rows, ("whole", *change_tables.cells(found.whole))])
     _notes(found.notes)
 
 

@@ -48,12 +48,9 @@ def csv_text(rows: Iterable[Row]) -> str:
 
 def cells(change: Change) -> tuple[str, ...]:
     """Give the measures as people read them."""
-    relative = (change.relative, change.relative_norm, change.share_changed, change.top_share)
-    return (_shown(change.mean_absolute, ".3g"), *(_shown(value, ".3%") for value in relative))
-
-
-def _shown(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form).replace("%", " %")
+    shares = (change.relative, change.relative_norm, change.share_changed, change.top_share)
+    mean = "–" if change.mean_absolute is None else f"{change.mean_absolute:.4g}"
+    return (mean, *("–" if share is None else f"{100 * share:.4g} %" for share in shares))
 
 
 def _plain(row: Row, *left_out: str) -> dict[str, Any]:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from portmanteau.merge import MergeError, PortmanteauError
 
 from .changes import Changes
 
+_LARGEST = 100  # inches: hundreds of experts are hundreds of modules
+
 
 def check_plots() -> None:
     """Check that there is something to draw with. Raises PortmanteauError, with the cure, where there is not."""
     if find_spec("matplotlib") is None:
-        raise PortmanteauError("", "a heat map needs matplotlib, which is not installed", "pip install matplotlib")
+        raise PortmanteauError(
+            "", "a heat map needs matplotlib, which is not installed", "install portmanteau[plots], or matplotlib alone"
+        )
 
 
 def draw(found: Changes, path: Path) -> None:
@@ -26,37 +29,35 @@ def draw(found: Changes, path: Path) -> None:
     Raises MergeError for checkpoints without layers.
     """
     check_plots()
-    from matplotlib.colors import LogNorm
+    from matplotlib.colors import LogNorm, Normalize
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, NullFormatter
 
     rows = [row for row in found.modules if row.layer is not None]
     if not rows:
         raise MergeError(found.base, "has no layers to draw", "--tensors lists its tensors")
     layers = list(dict.fromkeys((row.stack, row.layer) for row in rows))
     modules = list(dict.fromkeys(row.module for row in rows))
-    values = [[math.nan] * len(modules) for _ in layers]
-    for row in rows:
-        relative = row.change.relative
-        values[layers.index((row.stack, row.layer))][modules.index(row.module)] = 100 * relative if relative else math.nan
-    several = len({stack for stack, _ in layers}) > 1
-    labels = [f"{stack}.{layer}" if several else str(layer) for stack, layer in layers]
+    percent = {(row.stack, row.layer, row.module): 100 * (row.change.relative or math.nan) for row in rows}
+    values = [[percent.get((*layer, module), math.nan) for module in modules] for layer in layers]
+    seen = [value for value in percent.values() if not math.isnan(value)] or [1.0]
+    norm = LogNorm(min(seen), max(seen)) if max(seen) > min(seen) else Normalize(0, max(seen))
 
-    figure = Figure(figsize=(3 + 0.5 * len(modules), 2.6 + 0.3 * len(layers)), layout="constrained")
+    size = (min(3 + 0.5 * len(modules), _LARGEST), min(2.8 + 0.3 * len(layers), _LARGEST))
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
-    finite = [value for line in values for value in line if not math.isnan(value)]
-    norm = LogNorm(min(finite), max(finite)) if finite and max(finite) > min(finite) else None
     image = axes.imshow(values, norm=norm, aspect="auto", origin="lower", interpolation="nearest")
     axes.set_facecolor("lightgrey")
     axes.set_xticks(range(len(modules)), modules, rotation=45, ha="right", rotation_mode="anchor")
-    _label_layers(axes, labels)
-    axes.set_ylabel("layer" if several else f"layer of {layers[0][0]}")
-    figure.colorbar(image, label="mean |change| / mean |base|, %")
+    stacks = list(dict.fromkeys(stack for stack, _ in layers))
+    axes.set_yticks(range(len(layers)), [f"{s}.{i}" if len(stacks) > 1 else str(i) for s, i in layers])
+    axes.set_ylabel(f"layer of {', '.join(stacks)}")
+    axes.set_xlabel("grey: no such module, or no change")
+    plain = FuncFormatter(lambda value, _: f"{value:g}")
+    bar = figure.colorbar(image, label="change relative to the base: mean |δ| / mean |base|, in %", format=plain)
+    bar.ax.yaxis.set_minor_formatter(NullFormatter())
     figure.suptitle(f"{_short(found.expert)}\nagainst {_short(found.base)}", fontsize="medium")
     figure.savefig(path, format="png", dpi=150)
-
-
-def _label_layers(axes: Any, labels: list[str]) -> None:
-    axes.set_yticks(range(len(labels)), labels)
 
 
 def _short(label: str, most: int = 60) -> str:
