@@ -158,13 +158,13 @@ def inspect(
 @app.command()
 def diff(
     expert: Annotated[str, typer.Argument(metavar="A", help="A folder, a file or a Hub id.", show_default=False)],
-    other: Annotated[str | None, typer.Argument(metavar="[B]", help="Without --base: what A became.")] = None,
+    other: Annotated[str | None, typer.Argument(metavar="B", help="Without --base: what A became.")] = None,
     base: Annotated[str | None, typer.Option(help="What A was trained from.", show_default=False)] = None,
     unmatched: Annotated[
         Literal["error", "drop"], typer.Option(help="Tensors that only one has: refuse, or leave out.")
     ] = "error",
     tensors: Annotated[bool, typer.Option("--tensors", help="A row for each tensor.")] = False,
-    csv: Annotated[Path | None, typer.Option(help="Write a CSV file, by layer and module.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write CSV: by layer and module, or tensor.")] = None,
     png: Annotated[Path | None, typer.Option(help="Draw a heat map, layers against modules.")] = None,
     force: Annotated[bool, typer.Option(help="Replace existing files.")] = False,
     as_json: Json = False,

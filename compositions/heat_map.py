@@ -10,6 +10,7 @@ from portmanteau.merge import MergeError, PortmanteauError
 
 from .changes import Changes
 
+_WIDE = 100  # values that lie further apart are drawn on a logarithmic scale; two decades can be labelled
 _LARGEST = 100  # inches: hundreds of experts are hundreds of modules
 
 
@@ -24,7 +25,7 @@ def check_plots() -> None:
 def draw(found: Changes, path: Path) -> None:
     """Draw the change relative to the base of every layer × module into a PNG; what is outside the layers is not in it.
 
-    Colours are on a logarithmic scale, where modules differ by orders of magnitude. Grey: no change or no such module.
+    Colours are on a logarithmic scale where modules differ by orders of magnitude; what has no value there is grey.
 
     Raises MergeError for checkpoints without layers.
     """
@@ -41,7 +42,7 @@ def draw(found: Changes, path: Path) -> None:
     percent = {(row.stack, row.layer, row.module): 100 * (row.change.relative or math.nan) for row in rows}
     values = [[percent.get((*layer, module), math.nan) for module in modules] for layer in layers]
     seen = [value for value in percent.values() if not math.isnan(value)] or [1.0]
-    norm = LogNorm(min(seen), max(seen)) if max(seen) > min(seen) else Normalize(0, max(seen))
+    norm = LogNorm(min(seen), max(seen)) if max(seen) > _WIDE * min(seen) else Normalize(0, max(seen))
 
     size = (min(3 + 0.5 * len(modules), _LARGEST), min(2.8 + 0.3 * len(layers), _LARGEST))
     figure = Figure(figsize=size, layout="constrained")
@@ -52,9 +53,9 @@ def draw(found: Changes, path: Path) -> None:
     stacks = list(dict.fromkeys(stack for stack, _ in layers))
     axes.set_yticks(range(len(layers)), [f"{s}.{i}" if len(stacks) > 1 else str(i) for s, i in layers])
     axes.set_ylabel(f"layer of {', '.join(stacks)}")
-    axes.set_xlabel("grey: no such module, or no change")
+    axes.set_xlabel("grey: no such module, no change, or a base of zeros")
     plain = FuncFormatter(lambda value, _: f"{value:g}")
-    bar = figure.colorbar(image, label="change relative to the base: mean |δ| / mean |base|, in %", format=plain)
+    bar = figure.colorbar(image, label="mean |change| / mean |base|, %", format=plain)
     bar.ax.yaxis.set_minor_formatter(NullFormatter())
     figure.suptitle(f"{_short(found.expert)}\nagainst {_short(found.base)}", fontsize="medium")
     figure.savefig(path, format="png", dpi=150)
