@@ -8,14 +8,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from portmanteau import merge
-from portmanteau.compositions import compose, load, reference_page
+from portmanteau.compositions import change_tables, changes, compose, heat_map, load, reference_page
 from portmanteau.merge import describe
 from portmanteau.merge.execute import MEMORY, Limits
+from portmanteau.merge.output import check_file
 from portmanteau.merge.units import byte_count, readable
 
 if TYPE_CHECKING:
@@ -152,6 +153,46 @@ def inspect(
     if tensors:
         listed = [(r["name"], r["dtype"], str(r["shape"]), readable(r["bytes"])) for r in found["list"]]
         _table(("tensor", "dtype", "shape", "bytes"), listed)
+
+
+@app.command()
+def diff(
+    expert: Annotated[str, typer.Argument(metavar="A", help="A folder, a file or a Hub id.", show_default=False)],
+    other: Annotated[str | None, typer.Argument(metavar="B", help="Without --base: what A became.")] = None,
+    base: Annotated[str | None, typer.Option(help="What A was trained from.", show_default=False)] = None,
+    unmatched: Annotated[
+        Literal["error", "drop"], typer.Option(help="Tensors that only one has: refuse, or leave out.")
+    ] = "error",
+    tensors: Annotated[bool, typer.Option("--tensors", help="A row for each tensor.")] = False,
+    csv: Annotated[Path | None, typer.Option(help="Write CSV: by layer and module, or tensor.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Draw a heat map, layers against modules.")] = None,
+    force: Annotated[bool, typer.Option(help="Replace existing files.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show where a fine-tuned model changed: `diff EXPERT --base BASE`, or `diff A B` for the way from A to B."""
+    if (other is None) == (base is None):
+        raise typer.BadParameter("name the base, either as EXPERT --base BASE or as BASE EXPERT; one expert at a time")
+    before, after = (expert, other) if other else (base, expert)
+    assert before
+    assert after
+    for file in filter(None, (csv, png)):
+        check_file(file, force=force)
+    if png:
+        heat_map.check_plots()
+    with _drawn_progress() as progress:
+        found = changes(merge.open(after), merge.open(before), unmatched=unmatched, progress=progress)
+    if csv:
+        csv.write_text(change_tables.csv_text(found.tensors if tensors else found.modules), encoding="utf-8")
+    if png:
+        heat_map.draw(found, png)
+    if as_json:
+        _print_json(change_tables.document(found, tensors=tensors))
+        return
+    shown = found.tensors if tensors else found.layers
+    rows = [(row.tensor or row.where, *change_tables.cells(row.change)) for row in shown]
+    titles = ("tensor" if tensors else "layer", *change_tables.MEASURES.values())
+    _table(titles, [*rows, ("whole", *change_tables.cells(found.whole))])
+    _notes(found.notes)
 
 
 def _say(text: str) -> None:

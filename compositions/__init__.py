@@ -1,6 +1,7 @@
 """Which tensors meet: compositions take checkpoints and give a checkpoint, nothing read until it is asked for."""
 
 from .average import Exponential, average
+from .changes import Changes, changes
 from .compose import compose
 from .composition import Composition, composition
 from .layer_swap import layer_swap
@@ -9,6 +10,7 @@ from .tensorwise import Rule, tensorwise
 from .zones import Ends, Zone
 
 __all__ = [
+    "Changes",
     "Composition",
     "Ends",
     "Exponential",
@@ -16,6 +18,7 @@ __all__ = [
     "Rule",
     "Zone",
     "average",
+    "changes",
     "compose",
     "composition",
     "layer_swap",

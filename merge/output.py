@@ -33,6 +33,18 @@ def check_place(out: Path, *, nbytes: int, force: bool) -> None:
         raise OutputError(str(out), f"needs {readable(nbytes + _SLACK)}, and {home} has {readable(free)} free", hint)
 
 
+def check_file(path: Path, *, force: bool) -> None:
+    """Check, before any work, that a file beside the result can be written. Raises OutputError where it cannot."""
+    if path.is_dir():
+        raise OutputError(str(path), "is a folder", "name a file")
+    if os.path.lexists(path) and not force:
+        raise OutputError(str(path), "exists already", "choose another name, or replace it with --force")
+    if not path.absolute().parent.is_dir():
+        raise OutputError(str(path), f"there is no folder {path.parent}")
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise OutputError(str(path), "no right to write it")
+
+
 def _is_ours(out: Path) -> bool:
     return out.is_dir() and not out.is_symlink() and ((out / RECEIPT).is_file() or not any(out.iterdir()))
 

@@ -32,7 +32,7 @@ SET_UP = (
 LAYERS = (  # a file imports only from layers above its own
     ("merge.errors", "merge.names", "merge.kernels", "merge.storage", "merge.units"),
     ("merge.dtypes", "merge.operator"),
-    ("merge.tensor_spec", "merge.surveys", "merge.operators.linear"),
+    ("merge.tensor_spec", "merge.surveys", "merge.changes", "merge.operators.linear"),
     ("merge.companions", "merge.safetensors_file", "merge.torch_file", "merge.writer", "merge.operators.*"),
     ("merge.operators", "merge.hub"),
     ("merge.registry",),
@@ -46,6 +46,7 @@ LAYERS = (  # a file imports only from layers above its own
     ("merge",),
     ("compositions.composition", "compositions.lines", "compositions.reference"),
     ("compositions.matching", "compositions.zones"),
+    ("compositions.changes",),
     ("compositions.*",),
     ("compositions.recipe", "compositions.reference_page"),
     ("compositions.compose",),
@@ -193,6 +194,7 @@ def test_merge_has_exactly_these_public_names() -> None:
 
 def test_compositions_has_exactly_these_public_names() -> None:
     assert compositions.__all__ == [
+        "Changes",
         "Composition",
         "Ends",
         "Exponential",
@@ -200,6 +202,7 @@ def test_compositions_has_exactly_these_public_names() -> None:
         "Rule",
         "Zone",
         "average",
+        "changes",
         "compose",
         "composition",
         "layer_swap",

@@ -1,0 +1,128 @@
+"""How much a tensor changed from its base: sums that can be added over tensors, and the measures made of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .errors import MergeError
+from .kernels import Cut, largest, select_largest, sums_over
+from .operator import Parts
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_TOP = 100  # concentration looks at one entry in so many
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What was summed over the entries of a tensor, or of several; δ is the expert's entry minus the base's.
+
+    Every measure is None where it would divide by zero: a base of zeros, or nothing that changed.
+
+    Attributes:
+        entries: how many there are.
+        changed: how many differ from the base at all.
+        delta: Σ |δ|.
+        delta_squared: Σ δ².
+        base: Σ |base|.
+        base_squared: Σ base².
+        top: Σ |δ| over the 1 % of each tensor's entries (rounded up) that changed most.
+
+    """
+
+    entries: int = 0
+    changed: int = 0
+    delta: float = 0.0
+    delta_squared: float = 0.0
+    base: float = 0.0
+    base_squared: float = 0.0
+    top: float = 0.0
+
+    @property
+    def mean_absolute(self) -> float | None:
+        """Mean |δ| (MAV)."""
+        return _ratio(self.delta, self.entries)
+
+    @property
+    def relative(self) -> float | None:
+        """Mean |δ| / mean |base|: comparable across modules."""
+        return _ratio(self.delta, self.base)
+
+    @property
+    def relative_norm(self) -> float | None:
+        """‖δ‖ / ‖base‖, Frobenius norms."""
+        return _ratio(math.sqrt(self.delta_squared), math.sqrt(self.base_squared))
+
+    @property
+    def share_changed(self) -> float | None:
+        """Share of the entries that differ from the base at all."""
+        return _ratio(self.changed, self.entries)
+
+    @property
+    def top_share(self) -> float | None:
+        """Concentration: share of Σ |δ| that the most changed 1 % of the entries hold; 0.01 where all changed alike.
+
+        Exact for one tensor. For several it is the mean of theirs, weighted by their Σ |δ|: the 1 % is taken in each.
+        """
+        return _ratio(self.top, self.delta)
+
+
+def _ratio(above: float, below: float) -> float | None:
+    return above / below if below else None
+
+
+def added(changes: Iterable[Change]) -> Change:
+    """Add up the sums of several tensors, exactly, so that their order does not matter.
+
+    >>> added([Change(entries=2, changed=1, delta=0.5, base=4.0), Change(entries=2, delta=0.0, base=4.0)]).relative
+    0.0625
+    """
+    every = list(changes)
+    return Change(
+        entries=sum(one.entries for one in every),
+        changed=sum(one.changed for one in every),
+        delta=math.fsum(one.delta for one in every),
+        delta_squared=math.fsum(one.delta_squared for one in every),
+        base=math.fsum(one.base for one in every),
+        base_squared=math.fsum(one.base_squared for one in every),
+        top=math.fsum(one.top for one in every),
+    )
+
+
+def measure(parts: Parts) -> Change:
+    """Measure one tensor that comes in parts of (deltas [1, part], base [part]), in their working dtype.
+
+    Sums are taken in fp64 on the fixed grid, so no bit depends on the size of the parts. δ = 0 exactly where both
+    entries are equal, since IEEE 754 subtraction underflows gradually.
+
+    Raises MergeError where an entry is NaN or infinite.
+    """
+    if not parts.entries:
+        return Change()
+    delta, delta_squared, base, base_squared, changed = sums_over(
+        (row.abs(), row.double().square(), base.abs(), base.double().square(), row != 0) for (row,), base in parts
+    )
+    if not math.isfinite(delta + base):
+        raise MergeError("", "holds NaN or infinite values", "such a checkpoint is damaged: save or download it again")
+    top = _top(parts) if delta else 0.0
+    return Change(parts.entries, int(changed), delta, delta_squared, base, base_squared, top)
+
+
+def _top(parts: Parts) -> float:
+    """Sum |δ| over the entries that changed most, one in a hundred, rounded up."""
+    (cut,) = largest(lambda: (deltas for deltas, _ in parts), [-(-parts.entries // _TOP)])
+    assert cut is not None
+    (top,) = sums_over((kept,) for kept in _kept(parts, cut))
+    return top
+
+
+def _kept(parts: Parts, cut: Cut) -> Iterator[Tensor]:
+    """Give |δ| part by part, with zeros for all that lies below the boundary."""
+    start = 0
+    for (delta,), _ in parts:
+        yield delta.abs() * select_largest(delta, cut, start)
+        start += len(delta)
