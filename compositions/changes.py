@@ -137,14 +137,13 @@ class _Measuring:
             for inner in surveys(node):
                 if inner not in self._found:
                     self._found[inner] = self._evaluation.survey(inner)
-        survey = Survey(f"change of {name}", measure, (Inputs((met.nodes["expert"],), met.nodes["base"]),))
+        inputs = Inputs((met.nodes["expert"],), met.nodes["base"])
         try:
-            change: Change = self._evaluation.survey(survey)
+            return measure(self._evaluation.together((inputs,)))
         except PortmanteauError as error:
             if error.mistakes[0].where:
                 raise
             raise MergeError.of(Mistake(f"tensor {name}", m.what, m.hint) for m in error.mistakes) from error
-        return change
 
 
 def _row(name: str, place: Place | None, change: Change) -> Row:

@@ -121,10 +121,10 @@ class Evaluation:
 
     def survey(self, survey: Survey) -> Any:
         """Carry out a survey: go through all its tensors, part by part."""
-        groups = {key: self._group(group) for key, group in survey.groups.items()}
+        groups = {key: self.together(group) for key, group in survey.groups.items()}
         return survey.measure(groups, **survey.settings)
 
-    def _group(self, group: tuple[Inputs, ...]) -> Parts:
+    def together(self, group: tuple[Inputs, ...]) -> Parts:
         """Give the parts of several tensors, one after the other."""
 
         def parts() -> Iterator[tuple[Tensor, ...]]:
