@@ -67,8 +67,8 @@ def published(out: Path) -> Iterator[Path]:
     work = out.with_name(f".{out.name}.portmanteau-partial")
     if work.exists():
         shutil.rmtree(work)  # left over from a build that was killed
-    work.mkdir()
     try:
+        work.mkdir()
         yield work
         sync_folder(work)
         _rename(work, out)
