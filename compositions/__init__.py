@@ -4,6 +4,7 @@ from .average import Exponential, average
 from .compose import compose
 from .composition import Composition, composition
 from .layer_swap import layer_swap
+from .lora import lora
 from .recipe import Recipe, load
 from .tensorwise import Rule, tensorwise
 from .zones import Ends, Zone
@@ -20,5 +21,6 @@ __all__ = [
     "composition",
     "layer_swap",
     "load",
+    "lora",
     "tensorwise",
 ]

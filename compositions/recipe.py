@@ -236,6 +236,8 @@ class _Reader:
                 for reference in references(value):
                     if reference.path not in names:
                         self._check_place(reference, folder, (*body.path, key), names)
+                    elif reference.path in steps and not reference.may_be_step:
+                        self._wrong((*body.path, key), f"{reference.path!r} is a step, which makes a model")
         if output.tokenizer is not None and output.tokenizer.path not in names:
             self._check_place(output.tokenizer, folder, ("output", "tokenizer"), names)
 
