@@ -103,7 +103,7 @@ def gpt2(tmp_path: Path) -> Path:
         {"target_modules": ATTENTION, "use_rslora": True, "lora_alpha": 3},
         {
             "target_modules": [*ATTENTION, "up_proj"],
-            "rank_pattern": {"q_proj": 2, r"layers\.1\..*_proj": 3},
+            "rank_pattern": {r"layers\.1\..*_proj": 3, "q_proj": 2},  # peft sorts them when it saves
             "alpha_pattern": {r"^model\.layers\.0\.self_attn\.q_proj": 5, "proj": 16, "v_proj": 7},
         },
         {"target_modules": ["q_proj", "embed_tokens"]},
