@@ -109,18 +109,15 @@ def _fitted(adapter: Adapter, base: Checkpoint) -> _Fitted:
     targets = list(adapter.targets)
     alignment = align(targets, base.specs)
     renamed = alignment.renamed if alignment else {}
+    specs = {path: base.specs.get(renamed.get(f"{path}.weight", f"{path}.weight")) for path in adapter.modules}
+    flag = _flag(adapter, specs)
     mistakes = list(_not_to_be_changed(adapter, [renamed.get(name, name) for name in targets], base))
     changes = {}
-    flag = _flag(
-        adapter, {path: base.specs.get(renamed.get(f"{path}.weight", f"{path}.weight")) for path in adapter.modules}
-    )
-    for path, module in adapter.modules.items():
-        name = renamed.get(f"{path}.weight", f"{path}.weight")
-        spec = base.specs.get(name)
+    for path, spec in specs.items():
         if spec is not None:
-            found = _change(adapter, module, spec, base.node(name), flag)
+            found = _change(adapter, adapter.modules[path], spec, base.node(spec.name), flag)
             if isinstance(found, Change):
-                changes[name] = found
+                changes[spec.name] = found
             else:
                 mistakes.append(found)
     saved = {renamed.get(name, name): own for name, own in adapter.saved.items()}

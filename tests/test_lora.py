@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -140,6 +142,22 @@ def test_weights_that_gpt2_stores_transposed_get_the_transpose(
     assert_same(ours, folded_by_peft(gpt2, adapter))
 
 
+def test_square_weights_are_refused_where_the_config_contradicts_the_others(gpt2: Path, tmp_path: Path) -> None:
+    adapter = save_adapter(gpt2, tmp_path / "adapter", target_modules=["c_attn", "c_proj"])
+    rewrite(adapter, fan_in_fan_out=False)  # peft writes down what the last module was
+    with pytest.raises(merge.MergeError) as caught:
+        folded(gpt2, adapter)
+    what = "is square: nothing shows whether it is stored transposed"
+    expected = [f"{adapter}: transformer.h.{layer}.attn.c_proj.weight {what}" for layer in (0, 1)]
+    assert [mistake.what for mistake in caught.value.mistakes] == expected
+
+
+def test_dora_of_transposed_weights_is_refused(gpt2: Path, tmp_path: Path) -> None:
+    adapter = save_adapter(gpt2, tmp_path / "adapter", target_modules=["c_attn"], use_dora=True)
+    with pytest.raises(merge.MergeError, match=r"DoRA of tensors stored transposed \(Conv1D, embeddings\)"):
+        folded(gpt2, adapter)
+
+
 def test_names_without_the_prefix_of_the_head_model_are_found(gpt2: Path, tmp_path: Path) -> None:
     adapter = save_adapter(gpt2, tmp_path / "adapter", target_modules=["c_attn"])
     theirs = folded_by_peft(gpt2, adapter)
@@ -228,6 +246,24 @@ def test_a_recipe_builds_a_model_that_transformers_loads(base: Path, tmp_path: P
     assert all(len(one["files"][0]["header"]) == 64 for one in receipt.inputs)
     untouched = [row for row in receipt.choices if row["operator"] == "copy"]
     assert [(row["models"], row["tensors"]) for row in untouched] == [(("base",), 17)]
+
+
+def test_the_command_line_builds_it_and_checks_it_without_torch(base: Path, tmp_path: Path) -> None:
+    adapter = save_adapter(base, tmp_path / "swahili", target_modules=ATTENTION)
+    path = tmp_path / "lora.yaml"
+    path.write_text("merge: {lora: {base: ./base, adapters: {./swahili: 1}}}\n")
+    program = (
+        "import sys; from portmanteau.cli import app\n"
+        "try: app(sys.argv[1:])\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "print('torch' in sys.modules)"
+    )
+    for command, imported in ((["plan", path], "False"), (["build", path, tmp_path / "out"], "True")):
+        words = [sys.executable, "-c", program, *map(str, command)]
+        done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=60)
+        assert done.stdout.splitlines()[-1] == imported
+    built = load_file(tmp_path / "out" / "model.safetensors")
+    torch.testing.assert_close(built[Q], folded_by_peft(base, adapter)[Q])
 
 
 def test_a_plan_counts_the_bytes_of_the_factors(base: Path, tmp_path: Path) -> None:
