@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic.fields import FieldInfo
@@ -73,6 +73,8 @@ def _type(annotation: Any) -> str:
         return " | ".join(_type(one) for one in arguments if one is not type(None))
     if origin is not None and issubclass(origin, Mapping):
         return f"{{{_type(arguments[0])}: {_type(arguments[1])}}}"
+    if origin in (Sequence, list):
+        return f"[{_type(arguments[0])}, …]"
     if dataclasses.is_dataclass(annotation):
         return "{" + ", ".join(field.name for field in dataclasses.fields(annotation)) + "}"
     return str(getattr(annotation, "__name__", annotation))

@@ -295,6 +295,14 @@ def test_legacy_adapter_files_are_read(base: Path, tmp_path: Path) -> None:
     assert torch.equal(folded(base, adapter)[Q], expected)
 
 
+def test_a_list_may_hold_a_pattern(base: Path, tmp_path: Path) -> None:
+    for seed in (1, 2):
+        save_adapter(base, tmp_path / f"seed-{seed}", seed=seed, target_modules=["q_proj"])
+    merged = recipe(tmp_path, "[./seed-*]")
+    expected = exact(base, {tmp_path / "seed-1": 1.0, tmp_path / "seed-2": 1.0}, Q).float()
+    torch.testing.assert_close(merged[Q], expected)
+
+
 def test_a_recipe_names_the_line_of_every_adapter_that_is_missing(base: Path, tmp_path: Path) -> None:
     path = tmp_path / "lora.yaml"
     path.write_text("merge:\n  lora:\n    base: ./base\n    adapters:\n      ./swahili: 1.0\n      ./maths: 2\n")
