@@ -5,6 +5,7 @@ from .changes import Changes, changes
 from .compose import compose
 from .composition import Composition, composition
 from .layer_swap import layer_swap
+from .lora import lora
 from .recipe import Recipe, load
 from .tensorwise import Rule, tensorwise
 from .zones import Ends, Zone
@@ -23,5 +24,6 @@ __all__ = [
     "composition",
     "layer_swap",
     "load",
+    "lora",
     "tensorwise",
 ]

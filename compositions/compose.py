@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
-from portmanteau.merge import Checkpoint, Composed, MergeError, PortmanteauError, RecipeError
-from portmanteau.merge import open as open_checkpoint
+from portmanteau.merge import Composed, MergeError, PortmanteauError, RecipeError
 from portmanteau.merge.errors import Mistake
 
 from .composition import compositions
@@ -28,7 +28,7 @@ class _Composer:
 
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe
-        self._made: dict[Reference, Checkpoint] = {}
+        self._made: dict[Reference, Any] = {}  # by each kind of reference what that kind opens
         self._under_way: list[str] = []
 
     def result(self) -> Composed:
@@ -38,37 +38,39 @@ class _Composer:
         donor = self._recipe.output.tokenizer
         if donor is None:
             return merged
-        return merged.beside(merged.companions.with_tokenizer_of(self._checkpoint(donor).companions))
+        return merged.beside(merged.companions.with_tokenizer_of(self._opened(donor).companions))
 
     def _open_all(self) -> None:
-        """Open every checkpoint that is named, and report all that cannot be opened."""
+        """Open everything that is named, as what it is used for, and report all that cannot be opened."""
         recipe, mistakes = self._recipe, []
         bodies = [*recipe.steps.values(), recipe.merge]
-        named: list[tuple[KeyPath, Reference]] = [(("models", name), Reference(path=name)) for name in recipe.models]
-        named += [(body.path, found) for body in bodies for found in references(body.arguments)]
+        used = [(body.path, found) for body in bodies for found in references(body.arguments)]
+        named: list[tuple[KeyPath, Reference]] = []
+        for name in recipe.models:
+            kinds = [found for _, found in used if found.path == name] or [Reference(path=name)]
+            named += [(("models", name), found) for found in kinds]
+        named += [(path, found) for path, found in used if found.path not in recipe.models]
         for path, reference in named:
             if reference.path not in recipe.steps:
                 try:
-                    self._checkpoint(reference)
+                    self._opened(reference)
                 except PortmanteauError as error:
                     where = recipe.document.where(path)
                     mistakes += [Mistake(f"{where}: {m.where}", m.what, m.hint) for m in error.mistakes]
         if mistakes:
             raise RecipeError.of({m.where.partition(": ")[2] + m.what: m for m in mistakes}.values())
 
-    def _checkpoint(self, reference: Reference) -> Checkpoint:
+    def _opened(self, reference: Reference) -> Any:
+        """Give what a reference stands for: a step's result, or what its kind of reference opens; once for each."""
         if reference not in self._made:
-            name = reference.path
+            name, folder = reference.path, self._recipe.folder
             if name in self._recipe.steps:
                 self._made[reference] = self._step(name)
             else:
-                self._made[reference] = self._opened(self._recipe.models.get(name, reference), name)
+                meant = self._recipe.models.get(name, reference)
+                place = meant.path if meant.is_on_hub(folder) else meant.local(folder)
+                self._made[reference] = reference.opener(place, revision=meant.revision, label=name)
         return self._made[reference]
-
-    def _opened(self, reference: Reference, label: str) -> Checkpoint:
-        folder = self._recipe.folder
-        place = reference.path if reference.is_on_hub(folder) else reference.local(folder)
-        return open_checkpoint(place, revision=reference.revision, label=label)
 
     def _step(self, name: str) -> Composed:
         body = self._recipe.steps[name]
@@ -82,7 +84,7 @@ class _Composer:
 
     def _composed(self, body: Body) -> Composed:
         document = self._recipe.document
-        arguments = replaced(body.arguments, self._checkpoint)
+        arguments = replaced(body.arguments, self._opened)
         try:
             if body.is_operator:
                 made = tensorwise(body.name, **arguments)

@@ -15,7 +15,7 @@ from portmanteau.merge.errors import Mistake, some
 from portmanteau.merge.names import align, matches
 from portmanteau.merge.node import Node
 
-_HEADS = "*lm_head.weight|*embed_out.weight|*predictions.decoder.weight|*output_projection.weight"
+HEADS = "*lm_head.weight|*embed_out.weight|*predictions.decoder.weight|*output_projection.weight"
 _KEEP = "unmatched: keep takes such tensors from the first model that has them, unmatched: drop leaves them out"
 
 Unmatched = Annotated[
@@ -114,7 +114,7 @@ def _missing(models: Mapping[str, Checkpoint], partial: Mapping[str, list[str]])
     for label in models:
         names = [name for name, lacking in partial.items() if label in lacking]
         if names:
-            tied = [name for name in names if matches(_HEADS, name)]
+            tied = [name for name in names if matches(HEADS, name)]
             hint = f"its {tied[0]} is tied to the embedding, others have one of their own; {_KEEP}" if tied else _KEEP
             mistakes.append(Mistake("", f"{label} lacks {len(names)} tensors that others have: {some(names)}", hint))
     return mistakes

@@ -170,9 +170,8 @@ class _Reader:
         folder = Path(self._document.file).parent
         result = dict(arguments)
         for key, value in arguments.items():
-            patterns = value if isinstance(value, list) else [value]
-            if any(isinstance(one, Reference) and one.is_pattern for one in patterns):
-                found = [(one, one.expanded(folder)) for one in patterns]
+            if isinstance(value, list) and any(isinstance(one, Reference) and one.is_pattern for one in value):
+                found = [(one, one.expanded(folder)) for one in value]
                 for one in (one for one, several in found if not several):
                     self._wrong((*path, key), f"nothing is called {one.path!r}")
                 result[key] = [reference for _, several in found for reference in several]
@@ -236,6 +235,8 @@ class _Reader:
                 for reference in references(value):
                     if reference.path not in names:
                         self._check_place(reference, folder, (*body.path, key), names)
+                    elif reference.path in steps and not reference.may_be_step:
+                        self._wrong((*body.path, key), f"{reference.path!r} is a step, which makes a model")
         if output.tokenizer is not None and output.tokenizer.path not in names:
             self._check_place(output.tokenizer, folder, ("output", "tokenizer"), names)
 

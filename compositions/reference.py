@@ -1,4 +1,4 @@
-"""References to checkpoints in recipes: a name from `models` or `steps`, a path, or a Hub id with its revision."""
+"""References in recipes: a name from `models` or `steps`, a path, or a Hub id, of a checkpoint or an adapter."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
 
-from portmanteau.merge import Checkpoint
+from portmanteau.merge import Adapter, Checkpoint, open_adapter
+from portmanteau.merge import open as open_checkpoint
 from portmanteau.merge.hub import is_hub_id
 
 
@@ -22,6 +23,8 @@ class Reference(BaseModel):
     """What stands for a checkpoint in a recipe: text alone, or the long form."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    may_be_step: ClassVar[bool] = True
+    opener: ClassVar[Callable[..., Any]] = staticmethod(open_checkpoint)
 
     path: str
     revision: str | None = None
@@ -45,11 +48,21 @@ class Reference(BaseModel):
         if not self.is_pattern:
             return [self]
         found = sorted(glob.glob(self.path, root_dir=folder), key=_numbers_as_numbers)  # noqa: PTH207 - keeps the path as written
-        return [Reference(path=path) for path in found]
+        return [type(self)(path=path) for path in found]
 
     def is_on_hub(self, folder: Path) -> bool:
         """Tell whether it is no local path, and has the form of a Hub id."""
         return not self.local(folder).exists() and is_hub_id(self.path)
+
+
+class AdapterReference(Reference):
+    """What stands for an adapter in a recipe."""
+
+    may_be_step: ClassVar[bool] = False
+    opener: ClassVar[Callable[..., Any]] = staticmethod(open_adapter)
+
+
+_KINDS: Mapping[Any, type[Reference]] = {Checkpoint: Reference, Adapter: AdapterReference}
 
 
 def _numbers_as_numbers(path: str) -> list[str | int]:
@@ -57,12 +70,17 @@ def _numbers_as_numbers(path: str) -> list[str | int]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)]
 
 
+def _listed(value: Any) -> Any:
+    """Let one reference stand for a list of one."""
+    return value if isinstance(value, list) else [value]
+
+
 def as_reference(annotation: Any) -> Any:
-    """Put Reference in the place of Checkpoint, anywhere in an annotation; one may stand for a list of them."""
-    if annotation is Checkpoint:
-        return Reference
+    """Put references in the place of what they open, anywhere in an annotation; one may stand for several models."""
+    if isinstance(annotation, type) and annotation in _KINDS:
+        return _KINDS[annotation]
     if annotation == Sequence[Checkpoint]:
-        return list[Reference] | Reference
+        return Annotated[list[Reference], BeforeValidator(_listed)]
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
         return Annotated[as_reference(arguments[0]), *arguments[1:]]
@@ -78,19 +96,20 @@ def references(value: Any) -> Iterator[Reference]:
     if isinstance(value, Reference):
         yield value
     elif isinstance(value, Mapping):
-        for one in value.values():
+        for key, one in value.items():
+            yield from references(key)
             yield from references(one)
     elif isinstance(value, list | tuple):
         for one in value:
             yield from references(one)
 
 
-def replaced(value: Any, checkpoint: Callable[[Reference], Checkpoint]) -> Any:
-    """Put checkpoints in the place of references, anywhere in a validated value."""
+def replaced(value: Any, opened: Callable[[Reference], Any]) -> Any:
+    """Put what they open in the place of references, anywhere in a validated value."""
     if isinstance(value, Reference):
-        return checkpoint(value)
+        return opened(value)
     if isinstance(value, Mapping):
-        return {key: replaced(one, checkpoint) for key, one in value.items()}
+        return {replaced(key, opened): replaced(one, opened) for key, one in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(replaced(one, checkpoint) for one in value)
+        return type(value)(replaced(one, opened) for one in value)
     return value

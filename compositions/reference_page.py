@@ -6,12 +6,12 @@ import dataclasses
 import inspect
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic.fields import FieldInfo
 
-from portmanteau.merge import Checkpoint, RecipeError
+from portmanteau.merge import Adapter, Checkpoint, RecipeError
 from portmanteau.merge.errors import nearest
 from portmanteau.merge.operator import Setting
 from portmanteau.merge.registry import operators
@@ -63,8 +63,8 @@ def _key(name: str, annotation: Any, default: Any) -> dict[str, str]:
 def _type(annotation: Any) -> str:
     """Write a type for people: `model`, `int`, `{bottom, top}`, `language | task`."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if annotation is Checkpoint:
-        return "model"
+    if annotation in (Checkpoint, Adapter):
+        return "model" if annotation is Checkpoint else "adapter"
     if origin is Annotated:
         return _type(arguments[0])
     if origin is Literal:
@@ -73,6 +73,8 @@ def _type(annotation: Any) -> str:
         return " | ".join(_type(one) for one in arguments if one is not type(None))
     if origin is not None and issubclass(origin, Mapping):
         return f"{{{_type(arguments[0])}: {_type(arguments[1])}}}"
+    if origin in (Sequence, list):
+        return f"[{_type(arguments[0])}, …]"
     if dataclasses.is_dataclass(annotation):
         return "{" + ", ".join(field.name for field in dataclasses.fields(annotation)) + "}"
     return str(getattr(annotation, "__name__", annotation))

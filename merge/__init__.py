@@ -1,6 +1,7 @@
 """How tensors are merged and where their bytes are: checkpoints, operators, plans, and the writing of results."""
 
 from . import operators
+from .adapter import Adapter, open_adapter
 from .checkpoint import Checkpoint
 from .composed import Composed
 from .errors import CheckpointError, MergeError, OutputError, PortmanteauError, RecipeError
@@ -13,6 +14,7 @@ from .stored import StoredCheckpoint, open
 from .tensor_spec import TensorSpec
 
 __all__ = [
+    "Adapter",
     "Checkpoint",
     "CheckpointError",
     "Composed",
@@ -32,6 +34,7 @@ __all__ = [
     "build",
     "make_plan",
     "open",
+    "open_adapter",
     "operator",
     "operators",
 ]

@@ -32,7 +32,7 @@ _TOKENIZER = (
     "tokenizer*|vocab.*|vocab*.json|merges.txt|special_tokens_map.json|added_tokens.json|*.model|*.spm|*.tiktoken"
 )
 _TEMPLATES = "chat_template.*|additional_chat_templates/*"
-_INPUT_EMBEDDINGS = (
+INPUT_EMBEDDINGS = (
     "*embed_tokens.weight|*word_embeddings.weight|*wte.weight|*embed_in.weight|shared.weight|*tok_embeddings.weight"
 )
 
@@ -97,7 +97,7 @@ def true_config(config: Mapping[str, Any], specs: Iterable[TensorSpec]) -> dict[
         result["torch_dtype" if "torch_dtype" in result else "dtype"] = dtype
         if len(weight) == 1:
             result = {key: _typed(key, value, dtype) for key, value in result.items()}
-    rows = {spec.shape[0] for spec in specs if len(spec.shape) == 2 and matches(_INPUT_EMBEDDINGS, spec.name)}
+    rows = {spec.shape[0] for spec in specs if len(spec.shape) == 2 and matches(INPUT_EMBEDDINGS, spec.name)}
     if len(rows) == 1 and isinstance(result.get("vocab_size"), int):
         result["vocab_size"] = rows.pop()
     return result

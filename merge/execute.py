@@ -187,7 +187,7 @@ def is_byte_copy(step: Step) -> bool:
     """Tell whether a step only carries stored bytes over."""
     source = step.inputs.models[0]
     same = step.output.dtype == source.output.dtype
-    return step.operator.name == "copy" and same and isinstance(source, Source)
+    return step.operator.name == "copy" and same and isinstance(source, Source) and source.is_stored
 
 
 def _raw(values: Tensor) -> memoryview:

@@ -9,10 +9,12 @@ from .companions import is_companion, read_json
 from .errors import CheckpointError
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?|[A-Za-z0-9][\w.-]*@[\w./-]+")
-_KINDS = (
+Kinds = tuple[tuple[str, str], ...]  # names of weight files: whole, and the index of shards; the best first
+MODEL = (
     ("model.safetensors", "model.safetensors.index.json"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
+ADAPTER = (("adapter_model.safetensors", ""), ("adapter_model.bin", ""))
 NOT_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*)\.(bin|pt|pth)")
 
 
@@ -25,7 +27,7 @@ def is_hub_id(text: str) -> bool:
     return _ID.fullmatch(text) is not None
 
 
-def download(repository: str, revision: str | None = None) -> Path:
+def download(repository: str, revision: str | None = None, kinds: Kinds = MODEL) -> Path:
     """Give the folder of a repository at a revision, downloaded into huggingface_hub's cache or found there.
 
     Raises CheckpointError where it is unknown, gated, or neither cached nor reachable.
@@ -42,7 +44,7 @@ def download(repository: str, revision: str | None = None) -> Path:
     where = f"{repository}@{revision}" if revision else repository
     try:
         names = _listed(repository, revision)
-        needed = None if names is None else _needed(repository, revision, names)
+        needed = None if names is None else _needed(repository, revision, names, kinds)
         return Path(snapshot_download(repository, revision=revision, allow_patterns=needed))
     except LocalEntryNotFoundError as error:
         hint = "check the network, or download it first on a machine that has one: hf download " + repository
@@ -76,12 +78,12 @@ def _listed(repository: str, revision: str | None) -> list[str] | None:
         return None
 
 
-def _needed(repository: str, revision: str | None, names: list[str]) -> list[str]:
+def _needed(repository: str, revision: str | None, names: list[str], kinds: Kinds) -> list[str]:
     """Choose the companions, and the weights: the shards of an index, one whole file, or else what there is."""
     from huggingface_hub import hf_hub_download
 
     companions = [name for name in names if is_companion(name)]
-    for whole, index in _KINDS:
+    for whole, index in kinds:
         if index in names:
             shards = read_json(Path(hf_hub_download(repository, index, revision=revision))).get("weight_map")
             found = shards.values() if isinstance(shards, dict) else ()

@@ -14,9 +14,11 @@ from .tensor_spec import TensorSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .stored import StoredCheckpoint
+
 
 class Store(Protocol):
-    """What holds tensors on disk."""
+    """What holds tensors on disk, or makes them of what does."""
 
     label: str
 
@@ -25,6 +27,12 @@ class Store(Protocol):
 
     def read_into(self, name: str, buffer: memoryview, at: int = 0) -> None:
         """Fill a buffer with a tensor's stored bytes, from its byte `at` on."""
+
+    def origins(self, name: str) -> tuple[StoredCheckpoint, ...]:
+        """Give the checkpoints on disk that a tensor comes from."""
+
+    def stored_bytes(self, name: str) -> int:
+        """Count the bytes that reading a tensor takes from the disk."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -38,6 +46,21 @@ class Source:
     def output(self) -> TensorSpec:
         """What reading it gives."""
         return self.spec
+
+    @property
+    def origins(self) -> tuple[StoredCheckpoint, ...]:
+        """The checkpoints on disk that it comes from."""
+        return self.checkpoint.origins(self.spec.name)
+
+    @property
+    def is_stored(self) -> bool:
+        """Tell whether its bytes are on disk as they are."""
+        return self.origins == (self.checkpoint,)
+
+    @property
+    def stored_bytes(self) -> int:
+        """The bytes that reading it takes from the disk."""
+        return self.checkpoint.stored_bytes(self.spec.name)
 
     def __str__(self) -> str:
         """Checkpoint and tensor, as plans show them."""
@@ -89,7 +112,7 @@ class Survey:
     @property
     def nbytes(self) -> int:
         """The bytes that it reads."""
-        return sum(source.spec.nbytes for node in self for source in sources(node))
+        return sum(source.stored_bytes for node in self for source in sources(node))
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,14 +28,14 @@ class Plan:
     @cached_property
     def checkpoints(self) -> tuple[StoredCheckpoint, ...]:
         """The stored checkpoints that are read, in the order of their first use."""
-        found = [source.checkpoint for step in self.steps for source in sources(step)]
-        found += [source.checkpoint for survey in self.surveys for node in survey for source in sources(node)]
-        return tuple(dict.fromkeys(one for one in found if isinstance(one, StoredCheckpoint)))
+        found = [source for step in self.steps for source in sources(step)]
+        found += [source for survey in self.surveys for node in survey for source in sources(node)]
+        return tuple(dict.fromkeys(origin for source in found for origin in source.origins))
 
     @property
     def bytes_read(self) -> int:
         """Bytes of all inputs of all steps and surveys. What an operator measures in a large tensor is read again."""
-        steps = sum(source.spec.nbytes for step in self.steps for source in sources(step))
+        steps = sum(source.stored_bytes for step in self.steps for source in sources(step))
         return steps + sum(survey.nbytes for survey in self.surveys)
 
     @property

@@ -80,6 +80,11 @@ def test_weights_and_selection_are_those_on_paper(tmp_path: Path, keys: str, exp
     assert entry(averaged(tmp_path, f"models: run/checkpoint-*, {keys}")) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.usefixtures("run")
+def test_one_path_stands_for_a_list_of_one(tmp_path: Path) -> None:
+    assert entry(averaged(tmp_path, "models: run/checkpoint-1000")) == 3.0
+
+
 def test_every_snapshot_or_every_run_weighs_the_same(tmp_path: Path) -> None:
     for step, value in ((1, 0.0), (2, 3.0)):
         snapshot(tmp_path / "seed-1", step, numbered(value))

@@ -119,7 +119,18 @@ def test_check_says_that_a_recipe_is_good(recipe: Path) -> None:
 
 def test_show_lists_everything_and_explains_one(tmp_path: Path) -> None:
     names = [row["name"] for row in json.loads(run("show", "--json").stdout)]
-    assert names == ["average", "layer_swap", "copy", "dare", "equal", "linear", "slerp", "task_arithmetic", "ties"]
+    assert names == [
+        "average",
+        "layer_swap",
+        "lora",
+        "copy",
+        "dare",
+        "equal",
+        "linear",
+        "slerp",
+        "task_arithmetic",
+        "ties",
+    ]
     shown = run("show", "ties").stdout
     assert "2306.01708" in shown
     assert "share of entries of largest magnitude" in shown

@@ -71,6 +71,15 @@ REPOSITORIES: dict[str, dict[str, Files]] = {
         MAIN: {"weights.safetensors": weights(x=3), "training_args.bin": b"huge", "optimizer.pt": b"huge"}
     },
     "org/adapter": {MAIN: {"adapter_config.json": b"{}", "adapter_model.safetensors": weights(x=1)}},
+    "org/lora": {
+        MAIN: {
+            "adapter_config.json": b'{"peft_type": "LORA", "r": 1, "lora_alpha": 2}',
+            "adapter_model.safetensors": weights(**{"q.lora_A.weight": 1, "q.lora_B.weight": 2}),
+            "adapter_model.bin": b"huge",
+            "model.safetensors": b"huge",
+            "tokenizer.json": b"{}",
+        }
+    },
     "org/empty": {MAIN: {"README.md": b"# nothing"}},
 }
 REFERENCES = {"main": MAIN, "old": OLD}  # branches and tags
@@ -90,7 +99,9 @@ class Hub:
         found = [request.removeprefix("GET ") for request in self.requests if request.startswith("GET /org/")]
         return {path.split("/resolve/")[1].partition("/")[2] for path in found}
 
-    def open(self, reference: str, *, revision: str | None = None, **environment: str) -> dict[str, Any]:
+    def open(
+        self, reference: str, *, revision: str | None = None, client: str = "", **environment: str
+    ) -> dict[str, Any]:
         """Open a reference in a process of its own, as a user would: huggingface_hub reads its settings once."""
         kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()}
         settings = {
@@ -100,7 +111,7 @@ class Hub:
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         }
-        run = [sys.executable, "-W", "error", "-c", CLIENT, reference, *([revision] if revision else [])]
+        run = [sys.executable, "-W", "error", "-c", client or CLIENT, reference, *([revision] if revision else [])]
         done = subprocess.run(
             run, env={**kept, **settings, **environment}, capture_output=True, text=True, timeout=60, check=False
         )
@@ -124,6 +135,14 @@ else:
         values[name] = struct.unpack("<f", raw)[0]
     files = sorted(opened.companions.files)
     print(json.dumps({"values": values, "revision": opened.revision, "companions": files}))
+"""
+
+
+ADAPTER_CLIENT = """
+import json, sys
+from portmanteau import merge
+found = merge.open_adapter(sys.argv[1])
+print(json.dumps({"label": found.label, "repository": found.stored.repository, "revision": found.stored.revision}))
 """
 
 
@@ -274,3 +293,10 @@ def closed_port() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return f"http://127.0.0.1:{free.getsockname()[1]}"
+
+
+def test_of_an_adapter_only_config_and_weights_are_downloaded(hub: Hub) -> None:
+    found = hub.open("org/lora", client=ADAPTER_CLIENT)
+    assert found == {"label": "org/lora", "repository": "org/lora", "revision": MAIN}
+    assert hub.downloaded == {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"}
+    assert hub.open("org/lora", client=ADAPTER_CLIENT, HF_HUB_OFFLINE="1") == found

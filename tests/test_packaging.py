@@ -39,7 +39,8 @@ LAYERS = (  # a file imports only from layers above its own
     ("merge.node",),
     ("merge.checkpoint", "merge.evaluate"),
     ("merge.stored", "merge.composed"),
-    ("merge.plan",),
+    ("merge.adapter", "merge.plan"),
+    ("merge.low_rank",),
     ("merge.receipt",),
     ("merge.describe", "merge.model_card", "merge.output"),
     ("merge.execute",),
@@ -167,6 +168,7 @@ def test_a_lower_package_does_not_know_a_higher_one_even_for_types(package: str,
 
 def test_merge_has_exactly_these_public_names() -> None:
     assert merge.__all__ == [
+        "Adapter",
         "Checkpoint",
         "CheckpointError",
         "Composed",
@@ -186,6 +188,7 @@ def test_merge_has_exactly_these_public_names() -> None:
         "build",
         "make_plan",
         "open",
+        "open_adapter",
         "operator",
         "operators",
     ]
@@ -207,6 +210,7 @@ def test_compositions_has_exactly_these_public_names() -> None:
         "composition",
         "layer_swap",
         "load",
+        "lora",
         "tensorwise",
     ]
     assert all(hasattr(compositions, name) for name in compositions.__all__)

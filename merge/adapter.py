@@ -1,0 +1,200 @@
+"""A PEFT LoRA adapter on disk: its config read strictly, its tensors sorted by what they change in a base."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import hub
+from .companions import gather, read_json
+from .errors import CheckpointError, Mistake, nearest
+from .stored import StoredCheckpoint, open
+
+CONFIG = "adapter_config.json"
+_PREFIX = "base_model.model."
+_READ = {"peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "fan_in_fan_out"}
+_HARMLESS = {  # which modules there are is seen in the file; how they were trained does not matter afterwards
+    *("auto_mapping", "base_model_name_or_path", "bias", "corda_config", "eva_config", "exclude_modules"),
+    *("inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout"),
+    *("lora_ga_config", "megatron_core", "modules_to_save", "peft_version", "qalora_group_size", "revision"),
+    *("runtime_config", "target_modules", "task_type"),
+}
+_KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal")  # initialisations that leave the base as it was
+_FACTORS = {  # how the names of a module's tensors end
+    "lora_A.weight": "a",
+    "lora_B.weight": "b",
+    "lora_embedding_A": "a",
+    "lora_embedding_B": "b",
+    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """The low-rank change of one module: the names of its tensors in the file, and what scales B A.
+
+    Attributes:
+        a: lora_A [rank, in], or lora_embedding_A [rank, rows].
+        b: lora_B [out, rank], or lora_embedding_B [width, rank].
+        scaling: alpha / rank, or alpha / √rank (rsLoRA).
+        rank: the rank that the config gives it.
+        embedding: B A is the change of the transposed table.
+        magnitude: lora_magnitude_vector [out] of a DoRA module.
+
+    """
+
+    a: str
+    b: str
+    scaling: float
+    rank: int
+    embedding: bool = False
+    magnitude: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """A LoRA adapter: a low-rank change for each module, and the tensors that it stores whole.
+
+    Attributes:
+        label: what messages and receipts call it.
+        stored: its weight file.
+        modules: path of the module in the base → its change.
+        saved: name in the base → name in the file, of tensors trained and stored whole (`modules_to_save`, biases).
+        copies: name in the base → name in the file, of the base's own tensors, which peft stores beside embeddings.
+        fan_in_fan_out: what the config says about weights that are stored [in, out].
+
+    """
+
+    label: str
+    stored: StoredCheckpoint
+    modules: Mapping[str, Module]
+    saved: Mapping[str, str]
+    copies: Mapping[str, str]
+    fan_in_fan_out: bool
+
+    @property
+    def targets(self) -> Iterator[str]:
+        """Go through the names of the base's tensors that it changes, as it spells them."""
+        yield from (f"{path}.weight" for path in self.modules)
+        yield from self.saved
+
+
+def open_adapter(reference: str | Path, *, revision: str | None = None, label: str | None = None) -> Adapter:
+    """Open a folder, or a Hub id `ORG/NAME[@REVISION]`, with a LoRA adapter, by config and header alone.
+
+    Raises CheckpointError, with every mistake found, where there is none or where its arithmetic is not known here.
+    """
+    path, text = Path(reference).expanduser(), str(reference)
+    label, repository = label or text, None
+    if not path.exists() and hub.is_hub_id(text) and not (isinstance(reference, Path) and path.is_absolute()):
+        repository, _, tag = text.partition("@")
+        path = hub.download(repository, revision or tag or None, hub.ADAPTER)
+        revision = path.name
+    if not path.is_dir():
+        known = [sibling.name for sibling in path.parent.glob("*")] if path.parent.is_dir() else []
+        hint = "name the folder that holds it" if path.is_file() else nearest(path.name, known) if known else ""
+        raise CheckpointError(text, "an adapter is a folder" if path.is_file() else "no such folder", hint)
+    if not (path / CONFIG).is_file():
+        raise CheckpointError(
+            str(path), f"holds no {CONFIG}", "an adapter folder is what peft's save_pretrained writes"
+        )
+    config = read_json(path / CONFIG)
+    mistakes = [Mistake(str(path / CONFIG), what, hint) for what, hint in _refusals(config)]
+    files = [path / name for name, _ in hub.ADAPTER if (path / name).is_file()]
+    if not files:
+        mistakes.append(Mistake(str(path), f"holds no {hub.ADAPTER[0][0]}", "save or download the adapter again"))
+    if mistakes:
+        raise CheckpointError.of(mistakes)
+    file = open(files[0], label=label).files[0]
+    return _sorted(StoredCheckpoint(label, [file], gather(path), revision, repository), config)
+
+
+def _refusals(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Find what changes the arithmetic in ways that are not known here: what, and a hint."""
+    if config.get("peft_type") != "LORA":
+        yield f"peft_type is {config.get('peft_type')!r}", "only LoRA adapters can be added to weights"
+        return
+    for key in ("r", "lora_alpha"):
+        if not _is_number(config.get(key)):
+            yield f"{key} is {config.get(key)!r}, not a number above 0", ""
+    for key in ("rank_pattern", "alpha_pattern"):
+        pattern = config.get(key) or {}
+        if not isinstance(pattern, dict) or not all(map(_is_number, pattern.values())):
+            yield f"{key} is {pattern!r}, not a mapping to numbers above 0", ""
+    start = config.get("init_lora_weights")
+    if start not in _KEEPS_BASE:
+        hint = "convert it with peft: save_pretrained(…, path_initial_model_for_weight_conversion=…)"
+        yield f"init_lora_weights is {start!r}: it was trained on a base that this changed", hint
+    for key in sorted(config.keys() - _READ - _HARMLESS):
+        if config[key]:
+            yield f"{key} is {config[key]!r}: adapters with it are not supported", "fold it in with peft"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _sorted(stored: StoredCheckpoint, config: Mapping[str, Any]) -> Adapter:
+    """Sort the tensors of an adapter's file: factors of modules, tensors stored whole, copies of the base's."""
+    factors: dict[str, dict[str, str]] = {}
+    embeddings: set[str] = set()
+    saved: dict[str, str] = {}
+    copies: dict[str, str] = {}
+    for name in stored.specs:
+        own = name.removeprefix(_PREFIX)
+        ending = next((e for e in _FACTORS if own.endswith(f".{e}")), None)
+        if ending is not None:
+            path = own.removesuffix(f".{ending}")
+            factors.setdefault(path, {})[_FACTORS[ending]] = name
+            if "embedding" in ending:
+                embeddings.add(path)
+        elif own.endswith(".base_layer.weight"):
+            copies[own.replace(".base_layer.", ".")] = name
+        else:
+            saved[own.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = name
+    mistakes = list(_incomplete(stored, factors, saved, bool(config.get("use_dora"))))
+    if mistakes:
+        raise CheckpointError.of(mistakes)
+    modules = {}
+    for path, found in factors.items():
+        rank = _of_module(config.get("rank_pattern") or {}, path, config["r"])
+        alpha = _of_module(config.get("alpha_pattern") or {}, path, config["lora_alpha"])
+        scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+        modules[path] = Module(found["a"], found["b"], scaling, rank, path in embeddings, found.get("magnitude", ""))
+    return Adapter(stored.label, stored, modules, saved, copies, bool(config.get("fan_in_fan_out")))
+
+
+def _incomplete(
+    stored: StoredCheckpoint, factors: Mapping[str, Mapping[str, str]], saved: Iterable[str], dora: bool
+) -> Iterator[Mistake]:
+    """Find modules that lack a factor, and tensors that nothing is known about."""
+    where = str(stored.files[0].path)
+    if not factors:
+        yield Mistake(where, "holds no lora_A and lora_B", "an adapter file is what peft's save_pretrained writes")
+    for path, found in factors.items():
+        lacking = [part for part in ("a", "b", *(("magnitude",) if dora else ())) if part not in found]
+        if lacking:
+            names = {"a": "lora_A", "b": "lora_B", "magnitude": "lora_magnitude_vector"}
+            yield Mistake(where, f"module {path} lacks {', '.join(names[part] for part in lacking)}")
+        elif not dora and "magnitude" in found:
+            yield Mistake(where, f"module {path} has a lora_magnitude_vector, and use_dora is not set")
+    for name in saved:
+        if ".lora_" in name:
+            yield Mistake(where, f"tensor {name} is of a kind that is not supported", "fold it in with peft")
+        elif f"{name.rpartition('.')[0]}" in factors and name.endswith(".weight"):
+            yield Mistake(where, f"tensor {name} is stored whole, and changed by a LoRA too")
+
+
+def _of_module(pattern: Mapping[str, Any], path: str, default: Any) -> Any:
+    """Look a module up as peft does: the first pattern that, as a regular expression, fits the end of its path.
+
+    >>> _of_module({"q_proj": 4, r"layers\\.1\\..*": 8}, "model.layers.1.self_attn.q_proj", 2)
+    4
+    """
+    fits = (value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", path))
+    return next(fits, default)
