@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 from .adapter import Adapter, Module
 from .dtypes import torch_dtype
 from .evaluate import GRID
-from .node import Source
-from .stored import StoredCheckpoint
+from .node import Origin, Source
 from .tensor_spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -57,7 +56,7 @@ class LowRankStore:
         """Give the dense tensor."""
         return Source(self, self._changes[name].spec)
 
-    def origins(self, name: str) -> tuple[StoredCheckpoint, ...]:
+    def origins(self, name: str) -> tuple[Origin, ...]:
         """Give the checkpoints on disk that it is made from."""
         base = self._changes[name].base
         return (self._stored, *(base.checkpoint.origins(base.spec.name) if base else ()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,7 +14,17 @@ from .tensor_spec import TensorSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .stored import StoredCheckpoint
+
+class Origin(Protocol):
+    """A checkpoint on disk that a store reads: what plans, cards and receipts say of it."""
+
+    label: str
+    revision: str | None
+    repository: str | None
+
+    @property
+    def files(self) -> Sequence[Any]:
+        """Its weight files, each with a path and a digest of its header."""
 
 
 class Store(Protocol):
@@ -28,7 +38,7 @@ class Store(Protocol):
     def read_into(self, name: str, buffer: memoryview, at: int = 0) -> None:
         """Fill a buffer with a tensor's stored bytes, from its byte `at` on."""
 
-    def origins(self, name: str) -> tuple[StoredCheckpoint, ...]:
+    def origins(self, name: str) -> tuple[Origin, ...]:
         """Give the checkpoints on disk that a tensor comes from."""
 
     def stored_bytes(self, name: str) -> int:
@@ -48,14 +58,15 @@ class Source:
         return self.spec
 
     @property
-    def origins(self) -> tuple[StoredCheckpoint, ...]:
+    def origins(self) -> tuple[Origin, ...]:
         """The checkpoints on disk that it comes from."""
         return self.checkpoint.origins(self.spec.name)
 
     @property
     def is_stored(self) -> bool:
         """Tell whether its bytes are on disk as they are."""
-        return self.origins == (self.checkpoint,)
+        origins: tuple[object, ...] = self.origins
+        return origins == (self.checkpoint,)
 
     @property
     def stored_bytes(self) -> int:

@@ -9,8 +9,7 @@ from functools import cached_property
 from .checkpoint import Checkpoint
 from .dtypes import is_float
 from .errors import MergeError, Mistake
-from .node import Finding, Node, Step, Survey, copy_of, sources, surveys
-from .stored import StoredCheckpoint
+from .node import Finding, Node, Origin, Step, Survey, copy_of, sources, surveys
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class Plan:
         return tuple(dict.fromkeys(survey for step in self.steps for survey in surveys(step)))
 
     @cached_property
-    def checkpoints(self) -> tuple[StoredCheckpoint, ...]:
+    def checkpoints(self) -> tuple[Origin, ...]:
         """The stored checkpoints that are read, in the order of their first use."""
         found = [source for step in self.steps for source in sources(step)]
         found += [source for survey in self.surveys for node in survey for source in sources(node)]

@@ -8,15 +8,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import blake3
 
-from .node import Finding, Survey, steps
+from .node import Finding, Origin, Survey, steps
 from .plan import Plan
-
-if TYPE_CHECKING:
-    from .stored import StoredCheckpoint
 
 RECEIPT = "portmanteau.json"
 
@@ -95,7 +92,7 @@ def choices(plan: Plan) -> tuple[dict[str, Any], ...]:
     return tuple(groups.values())
 
 
-def _input(checkpoint: StoredCheckpoint) -> dict[str, Any]:
+def _input(checkpoint: Origin) -> dict[str, Any]:
     files = []
     for file in checkpoint.files:
         status = file.path.stat()
