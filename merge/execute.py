@@ -117,14 +117,14 @@ def build(
     limits = Limits.of(threads, memory)
     limits.session(plan)  # a budget that is too small is refused here
     with published(out) as folder:
-        writer = Writer(folder, (step.output for step in plan.steps), shard_size)
+        writer = Writer(folder, (step.output for step in plan.steps), shard_size, checkpoint.companions.form)
         try:
             done = carry_out(plan, writer, limits, progress or Progress())
             writer.finish()
         finally:
             writer.close()
         companions.write(checkpoint.companions, folder, [step.output for step in plan.steps])
-        (folder / "README.md").write_text(model_card.text(plan, recipe), encoding="utf-8")
+        (folder / "README.md").write_text(model_card.text(plan, recipe, checkpoint.companions.form), encoding="utf-8")
         receipt = make_receipt(plan, done, recipe, time.monotonic() - begun)
         receipt.write(folder)
     return receipt

@@ -30,7 +30,7 @@ SET_UP = (
     'pip install -c constraints.txt ".[test]" && pytest',
 )
 LAYERS = (  # a file imports only from layers above its own
-    ("merge.errors", "merge.names", "merge.kernels", "merge.storage", "merge.units"),
+    ("merge.errors", "merge.form", "merge.names", "merge.kernels", "merge.storage", "merge.units"),
     ("merge.dtypes", "merge.operator"),
     ("merge.tensor_spec", "merge.surveys", "merge.changes", "merge.operators.linear"),
     ("merge.companions", "merge.safetensors_file", "merge.torch_file", "merge.writer", "merge.operators.*"),
