@@ -11,6 +11,7 @@ from .operator import Operator, operator
 from .plan import Plan, make_plan
 from .receipt import Receipt
 from .stored import StoredCheckpoint, open
+from .surveyed import Surveyed
 from .tensor_spec import TensorSpec
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "Step",
     "StoredCheckpoint",
     "Survey",
+    "Surveyed",
     "TensorSpec",
     "build",
     "make_plan",

@@ -12,7 +12,7 @@ from typing import Any
 
 import blake3
 
-from .node import Finding, Origin, Survey, steps
+from .node import Finding, Store, Survey, steps
 from .plan import Plan
 
 RECEIPT = "portmanteau.json"
@@ -92,7 +92,7 @@ def choices(plan: Plan) -> tuple[dict[str, Any], ...]:
     return tuple(groups.values())
 
 
-def _input(checkpoint: Origin) -> dict[str, Any]:
+def _input(checkpoint: Store) -> dict[str, Any]:
     files = []
     for file in checkpoint.files:
         status = file.path.stat()
