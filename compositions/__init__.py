@@ -4,9 +4,13 @@ from .average import Exponential, average
 from .changes import Changes, changes
 from .compose import compose
 from .composition import Composition, composition
+from .extract_sparse import extract_sparse
 from .layer_swap import layer_swap
 from .lora import lora
+from .overlap import Overlap, overlaps
 from .recipe import Recipe, load
+from .revert_sparse import revert_sparse
+from .sparse_fine_tune import Term, sparse_fine_tune
 from .tensorwise import Rule, tensorwise
 from .zones import Ends, Zone
 
@@ -15,15 +19,21 @@ __all__ = [
     "Composition",
     "Ends",
     "Exponential",
+    "Overlap",
     "Recipe",
     "Rule",
+    "Term",
     "Zone",
     "average",
     "changes",
     "compose",
     "composition",
+    "extract_sparse",
     "layer_swap",
     "load",
     "lora",
+    "overlaps",
+    "revert_sparse",
+    "sparse_fine_tune",
     "tensorwise",
 ]
