@@ -47,7 +47,7 @@ LAYERS = (  # a file imports only from layers above its own
     ("merge",),
     ("compositions.composition", "compositions.lines", "compositions.reference"),
     ("compositions.matching", "compositions.zones"),
-    ("compositions.changes",),
+    ("compositions.automatic_layers", "compositions.changes"),
     ("compositions.*",),
     ("compositions.recipe", "compositions.reference_page"),
     ("compositions.compose",),
