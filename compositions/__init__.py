@@ -1,6 +1,6 @@
 """Which tensors meet: compositions take checkpoints and give a checkpoint, nothing read until it is asked for."""
 
-from .average import Exponential, average
+from .average import Exponential, accumulative_averages, average
 from .changes import Changes, changes
 from .compose import compose
 from .composition import Composition, composition
@@ -18,6 +18,7 @@ __all__ = [
     "Recipe",
     "Rule",
     "Zone",
+    "accumulative_averages",
     "average",
     "changes",
     "compose",

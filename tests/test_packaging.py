@@ -204,6 +204,7 @@ def test_compositions_has_exactly_these_public_names() -> None:
         "Recipe",
         "Rule",
         "Zone",
+        "accumulative_averages",
         "average",
         "changes",
         "compose",
