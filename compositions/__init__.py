@@ -4,8 +4,10 @@ from .average import Exponential, accumulative_averages, average
 from .changes import Changes, changes
 from .compose import compose
 from .composition import Composition, composition
+from .greedy_soup import Soup, Try, greedy_soup
 from .layer_swap import layer_swap
 from .lora import lora
+from .metric_command import measured_by
 from .recipe import Recipe, load
 from .tensorwise import Rule, tensorwise
 from .zones import Ends, Zone
@@ -17,14 +19,18 @@ __all__ = [
     "Exponential",
     "Recipe",
     "Rule",
+    "Soup",
+    "Try",
     "Zone",
     "accumulative_averages",
     "average",
     "changes",
     "compose",
     "composition",
+    "greedy_soup",
     "layer_swap",
     "load",
     "lora",
+    "measured_by",
     "tensorwise",
 ]

@@ -51,6 +51,7 @@ LAYERS = (  # a file imports only from layers above its own
     ("compositions.*",),
     ("compositions.recipe", "compositions.reference_page"),
     ("compositions.compose",),
+    ("compositions.greedy_soup",),
     ("compositions",),
     ("cli",),
 )
@@ -203,15 +204,19 @@ def test_compositions_has_exactly_these_public_names() -> None:
         "Exponential",
         "Recipe",
         "Rule",
+        "Soup",
+        "Try",
         "Zone",
         "accumulative_averages",
         "average",
         "changes",
         "compose",
         "composition",
+        "greedy_soup",
         "layer_swap",
         "load",
         "lora",
+        "measured_by",
         "tensorwise",
     ]
     assert all(hasattr(compositions, name) for name in compositions.__all__)
