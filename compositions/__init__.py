@@ -4,12 +4,15 @@ from .average import Exponential, accumulative_averages, average
 from .changes import Changes, changes
 from .compose import compose
 from .composition import Composition, composition
+from .freezing import Partition, freeze_head, freeze_layers
 from .greedy_soup import Soup, Try, greedy_soup
 from .layer_swap import layer_swap
 from .lora import lora
 from .metric_command import measured_by
+from .partition_turns import Interleaved, Turns, partition_turns
 from .recipe import Recipe, load
 from .tensorwise import Rule, tensorwise
+from .weight_snapshots import weight_snapshots
 from .zones import Ends, Zone
 
 __all__ = [
@@ -17,20 +20,27 @@ __all__ = [
     "Composition",
     "Ends",
     "Exponential",
+    "Interleaved",
+    "Partition",
     "Recipe",
     "Rule",
     "Soup",
     "Try",
+    "Turns",
     "Zone",
     "accumulative_averages",
     "average",
     "changes",
     "compose",
     "composition",
+    "freeze_head",
+    "freeze_layers",
     "greedy_soup",
     "layer_swap",
     "load",
     "lora",
     "measured_by",
+    "partition_turns",
     "tensorwise",
+    "weight_snapshots",
 ]
