@@ -98,7 +98,7 @@ def greedy_soup(
         for name in others:
             metric = kitchen.measured([*taken, name], folder / "candidate", measure)
             tries.append(Try(name, alone[name], metric, sign * metric >= sign * best))
-            tell(f"{' + '.join([*taken, name])}: {metric:g}, {'taken' if tries[-1].taken else 'left out'}")
+            tell(f"with {name}: {metric:g}, {'taken' if tries[-1].taken else 'left out'}")
             if tries[-1].taken:
                 taken, best = [*taken, name], metric
     recipe = _recipe_beside(out)

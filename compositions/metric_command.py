@@ -45,7 +45,7 @@ def _run(words: Sequence[str]) -> float:
         raise PortmanteauError(_WHERE, f"{shlex.join(words)} cannot be run: {error.strerror or error}") from error
     if done.returncode:
         raise PortmanteauError(_WHERE, f"{shlex.join(words)} ended with status {done.returncode}", _last(done.stderr))
-    lines = done.stdout.split("\n") if not done.stdout.strip() else done.stdout.strip().splitlines()
+    lines = done.stdout.strip().splitlines() or [""]
     try:
         number = float(lines[-1])
     except ValueError:

@@ -130,7 +130,7 @@ def test_the_table_of_tries_is_printed(tmp_path: Path, save_tensors: Save, metri
     assert [line.split() for line in done.stdout.splitlines() if line.strip()][2:] == [
         ["four", "1", "1", "yes"], ["nine", "4", "1.5", "no"], ["none", "5", "3", "no"]
     ]  # fmt: skip
-    assert "four + nine: 1.5, left out" in done.stderr
+    assert "with nine: 1.5, left out" in done.stderr
     assert "1 of 3 models, metric 1" in done.stderr
 
 
