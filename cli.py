@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from portmanteau import merge
-from portmanteau.compositions import change_tables, changes, compose, heat_map, load, overlaps, reference_page
+from portmanteau.compositions import (
+    change_tables,
+    changes,
+    compose,
+    greedy_soup,
+    heat_map,
+    load,
+    measured_by,
+    overlaps,
+    reference_page,
+)
 from portmanteau.merge import describe
 from portmanteau.merge.execute import MEMORY, Limits
 from portmanteau.merge.output import check_file
@@ -157,6 +167,37 @@ def inspect(
     if tensors:
         listed = [(r["name"], r["dtype"], str(r["shape"]), readable(r["bytes"])) for r in found["list"]]
         _table(("tensor", "dtype", "shape", "bytes"), listed)
+
+
+@app.command()
+def soup(
+    out: Annotated[Path, typer.Argument(help="The folder to make; its recipe is written as OUT.yaml.")],
+    models: Annotated[list[str], typer.Argument(help="Folders, files, Hub ids, or patterns as in recipes.")],
+    metric: Annotated[
+        str,
+        typer.Option(
+            help='A program, "COMMAND {model}": the last line of its stdout is the metric.', show_default=False
+        ),
+    ],
+    minimize: Annotated[bool, typer.Option("--minimize", help="Less is better, as with a loss.")] = False,
+    shared: Annotated[str | None, typer.Option(help='Tensors that must be equal, as in average; "" for none.')] = None,
+    force: Annotated[bool, typer.Option(help="Replace an earlier result.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Build the greedy soup: models averaged one by one, best first, as long as the metric gets no worse."""
+    made = greedy_soup(
+        models, out, measure=measured_by(metric), minimize=minimize, shared=shared, force=force, tell=_say
+    )
+    _notes(made.receipt.notes)
+    if as_json:
+        rows = [asdict(one) for one in made.tries]
+        _print_json(
+            {"out": str(out), "recipe": str(made.recipe), "metric": made.metric, "models": made.models, "tries": rows}
+        )
+        return
+    cells = [(one.model, f"{one.alone:g}", f"{one.soup:g}", "yes" if one.taken else "no") for one in made.tries]
+    _table(("model", "alone", "soup with it", "taken"), cells)
+    _say(f"{out}: {len(made.models)} of {len(made.tries)} models, metric {made.metric:g}; its recipe is {made.recipe}")
 
 
 @app.command()
