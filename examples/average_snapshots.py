@@ -49,9 +49,9 @@ from portmanteau import compositions, merge
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # in XLM-R's order
 MEANINGS, TOPICS, FIELD, WORDS = 120, 12, 3, 8  # a field is so many topics; a sentence so many words
 LENGTH = 2 * WORDS + 2
-CONCENTRATION, BACKGROUND = 0.1, 0.2
-SHARES = (0.4, 0.2, 0.4)  # of the text for pre-training: in A, in B, code-switched
-MASKED, UNSCORED, TESTED = 0.25, -100, 1000
+CONCENTRATION, BACKGROUND = 0.05, 0.2
+SHARES = (0.25, 0.25, 0.5)  # of the text for pre-training: in A, in B, code-switched
+MASKED, UNSCORED = 0.25, -100
 Language = Literal["A", "B"]
 LANGUAGES: dict[str, Language] = {"source": "A", "target": "B"}
 Accuracy = dict[str, float]  # by "source" and "target"
@@ -66,7 +66,8 @@ class Setting:
     seeds: tuple[int, ...] = (0, 1, 2)
     epochs: int = 10  # a snapshot after each
     examples: int = 2000
-    pretraining: int = 1800  # batches of 64 texts
+    tested: int = 1000  # in each language
+    pretraining: int = 1200  # batches of 64 texts
     middle: tuple[float, int] = (1e-3, 32)  # learning rate and batch of the run that gives the head, and of the control
     head_seed: int = 1000
     skip_first: float = 0.5
@@ -74,7 +75,7 @@ class Setting:
     warm_up: float = 0.1
 
 
-QUICK = Setting((1e-4, 1e-3), (32,), (0, 1), epochs=4, examples=64, pretraining=3)
+QUICK = Setting((1e-4, 1e-3), (32,), (0, 1), epochs=4, examples=64, tested=50, pretraining=3)
 
 
 class World:
@@ -115,12 +116,12 @@ class World:
         share = torch.full((count,), float(language == "B"))
         return self.text(torch.stack([first, second], 1), share, dice), labels
 
-    def accuracy(self, checkpoint: merge.Checkpoint, split: str) -> Accuracy:
+    def accuracy(self, checkpoint: merge.Checkpoint, count: int, split: str) -> Accuracy:
         """Measure a model in both languages: the share of test pairs whose likeliest class is right."""
         model = checkpoint.to_model()
         result = {}
         for name, language in LANGUAGES.items():
-            pairs, labels = self.task(TESTED, language, split)
+            pairs, labels = self.task(count, language, split)
             with torch.inference_mode():
                 result[name] = float((model(input_ids=pairs).logits.argmax(-1) == labels).double().mean())
         return result
@@ -236,9 +237,9 @@ class Experiment:
             rows += [self.single(run) for run in runs]
             groups.append({"learning_rate": rate, "batch": batch, **self.over_runs([run.snapshots for run in runs])})
         return {
-            "setting": {"world": self.world.seed, "split": self.split, "tested": TESTED, **asdict(self.setting)},
+            "setting": {"world": self.world.seed, "split": self.split, **asdict(self.setting)},
             "pretraining loss": loss,
-            "run that gives the head": self.world.accuracy(giver, self.split),
+            "run that gives the head": self.score(giver),
             "runs": rows,
             "averages over the seeds": groups,
             "control: heads of their own": self.control(),
@@ -251,10 +252,14 @@ class Experiment:
         report(f"trained {run.folder.relative_to(self.folder)}, {time.process_time():.0f} s of processor time so far")
         return run
 
+    def score(self, checkpoint: merge.Checkpoint) -> Accuracy:
+        """Measure one model."""
+        return self.world.accuracy(checkpoint, self.setting.tested, self.split)
+
     def single(self, run: Run) -> dict[str, Any]:
         """Measure what one run gives, and whether portmanteau notes that its first snapshot was not settled."""
         found = averages(run.snapshots, self.setting.skip_first)
-        scores = {name: self.world.accuracy(model, self.split) for name, model in found.items()}
+        scores = {name: self.score(model) for name, model in found.items()}
         noted = any("skip_first" in note for note in compositions.average(models=run.snapshots).notes)
         return {"learning_rate": run.learning_rate, "batch": run.batch, "seed": run.seed, **scores, "noted": noted}
 
@@ -262,7 +267,7 @@ class Experiment:
         """Measure the average of the runs' last snapshots, and of all their snapshots."""
         models = {"last": [run[-1] for run in runs], "all": [snapshot for run in runs for snapshot in run]}
         found = {name: compositions.average(models=chosen, **keys) for name, chosen in models.items()}
-        return {name: self.world.accuracy(model, self.split) for name, model in found.items()}
+        return {name: self.score(model) for name, model in found.items()}
 
     def control(self) -> dict[str, Any]:
         """Average runs whose heads were trained apart, after making sure that this is refused at first."""
@@ -273,7 +278,7 @@ class Experiment:
             refusal = str(error).splitlines()[0]
         else:
             raise AssertionError("runs with heads of their own were averaged without a word")
-        singles = [self.world.accuracy(run[-1], self.split) for run in runs]
+        singles = [self.score(run[-1]) for run in runs]
         return {"refusal": refusal, "single runs": singles, **self.over_runs(runs, shared="")}
 
 
