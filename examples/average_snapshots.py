@@ -2,17 +2,16 @@
 
     python examples/average_snapshots.py [--quick] [--out FILE.json]
 
-Needs accelerate, as the Trainer does. Everything is synthetic. A *world* has topics, and every topic prefers some
-meanings; languages A and B have one word each for a meaning, none in common. A text is two sentences, each drawn from
-one topic. An encoder of XLM-R's kind, 4 layers and 64 wide, is trained from scratch on masked words in A, in B and
-code-switched. It is then fine-tuned by the stock Trainer on a task in A alone (do the two sentences share their topic,
-only its field, or neither?) with a weight-only snapshot after each of 10 epochs, for every learning rate, batch size
-and seed of a grid. The test is in A (source) and in B (target, zero-shot).
+Everything is synthetic. A *world* has topics, and every topic prefers some meanings; languages A and B have one word
+each for a meaning, none in common. A text is two sentences, each drawn from one topic. A small encoder of XLM-R's kind
+is trained from scratch on masked words in A, in B and code-switched. The stock Trainer then fine-tunes it on a task in
+A alone (do both sentences share their topic, only its field, or neither?) with a weight-only snapshot after each of 10
+epochs, for every learning rate, batch size and seed of a grid. The test is in A (source) and in B (target, zero-shot).
 
-As in Schmidt et al. 2023 the classification head is trained once, in a run of its own, and every run of the grid trains
-the encoder alone below that head, frozen. Per run: the last snapshot, the average of all, the average without the first
-half. Per learning rate and batch size: the averages over the seeds. The control averages runs that brought heads of
-their own, which `average` refuses unless it is told `shared=""`.
+As in Schmidt et al. 2023 the head is trained once, in a run of its own, and every run of the grid trains the encoder
+alone below that head, frozen. Per run: the last snapshot, the average of all, the average without the first half. Per
+learning rate and batch size: the averages over the seeds. The control averages runs that brought heads of their own,
+which `average` refuses unless it is told `shared=""`. The Trainer needs accelerate.
 """
 
 from __future__ import annotations
@@ -22,39 +21,32 @@ import json
 import statistics
 import sys
 import tempfile
-import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor
-from transformers import (
-    PrinterCallback,
-    Trainer,
-    TrainingArguments,
-    XLMRobertaConfig,
-    XLMRobertaForMaskedLM,
-    XLMRobertaForSequenceClassification,
-    set_seed,
-)
-from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from portmanteau import compositions, merge
 
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # in XLM-R's order
 MEANINGS, TOPICS, FIELD, WORDS = 120, 12, 3, 8  # a field is so many topics; a sentence so many words
-LENGTH = 2 * WORDS + 2
-CONCENTRATION, BACKGROUND = 0.05, 0.2
+LENGTH, CONCENTRATION, BACKGROUND = 2 * WORDS + 2, 0.05, 0.2
 SHARES = (0.25, 0.25, 0.5)  # of the text for pre-training: in A, in B, code-switched
 MASKED, UNSCORED = 0.25, -100
-Language = Literal["A", "B"]
-LANGUAGES: dict[str, Language] = {"source": "A", "target": "B"}
+SHAPE = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 256}
+TRAINER = {"save_strategy": "epoch", "save_only_model": True, "logging_strategy": "epoch", "use_cpu": True}
+QUIET = {"report_to": "none", "disable_tqdm": True}
+LANGUAGES = {"source": "A", "target": "B"}
 Accuracy = dict[str, float]  # by "source" and "target"
+report = partial(print, file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
@@ -103,7 +95,7 @@ class World:
         kinds = torch.multinomial(torch.tensor(SHARES), count, replacement=True, generator=dice)
         return self.text(topics, torch.tensor([0.0, 1.0, 0.5])[kinds], dice)
 
-    def task(self, count: int, language: Language, split: str) -> tuple[Tensor, Tensor]:
+    def task(self, count: int, language: str, split: str) -> tuple[Tensor, Tensor]:
         """Write pairs [count, LENGTH] and their relation [count]: same topic, same field, neither."""
         dice = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {language} {split}".encode()))
         labels = torch.randint(3, (count,), generator=dice)
@@ -116,41 +108,22 @@ class World:
         share = torch.full((count,), float(language == "B"))
         return self.text(torch.stack([first, second], 1), share, dice), labels
 
-    def accuracy(self, checkpoint: merge.Checkpoint, count: int, split: str) -> Accuracy:
-        """Measure a model in both languages: the share of test pairs whose likeliest class is right."""
-        model = checkpoint.to_model()
-        result = {}
-        for name, language in LANGUAGES.items():
-            pairs, labels = self.task(count, language, split)
-            with torch.inference_mode():
-                result[name] = float((model(input_ids=pairs).logits.argmax(-1) == labels).double().mean())
-        return result
-
 
 def pretrain(world: World, steps: int, folder: Path) -> float:
     """Train an encoder from scratch on masked words, save it, and give its last loss (mean of 50 batches)."""
-    set_seed(world.seed)
-    config = XLMRobertaConfig(
-        vocab_size=len(SPECIAL) + 2 * MEANINGS,
-        hidden_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        intermediate_size=256,
-        max_position_embeddings=LENGTH + 2,
-        type_vocab_size=1,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        classifier_dropout=0.1,
-    )
-    model = XLMRobertaForMaskedLM(config).train()
+    transformers.set_seed(world.seed)
+    words = {"vocab_size": len(SPECIAL) + 2 * MEANINGS, "max_position_embeddings": LENGTH + 2, "type_vocab_size": 1}
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.1}
+    config = transformers.XLMRobertaConfig(**words, **SHAPE, **dropout)
+    model = transformers.XLMRobertaForMaskedLM(config).train()
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1.0, (i + 1) / 100) * (1 - 0.95 * i / steps))
     dice, losses = torch.Generator().manual_seed(world.seed), []
     for _ in range(steps):
-        words = world.plain(64, dice)
-        hidden = (torch.rand(words.shape) < MASKED) & (words >= len(SPECIAL))
-        labels = words.masked_fill(~hidden, UNSCORED)
-        loss = model(input_ids=words.masked_fill(hidden, SPECIAL.index("<mask>")), labels=labels).loss
+        text = world.plain(64, dice)
+        hidden = (torch.rand(text.shape) < MASKED) & (text >= len(SPECIAL))
+        labels = text.masked_fill(~hidden, UNSCORED)
+        loss = model(input_ids=text.masked_fill(hidden, SPECIAL.index("<mask>")), labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -174,30 +147,26 @@ class Run:
 
     def train(self, world: World, setting: Setting, encoder: Path, head: Mapping[str, Tensor] | None) -> None:
         """Fine-tune with the stock Trainer; a head that is given is frozen."""
-        set_seed(self.seed)
-        model = XLMRobertaForSequenceClassification.from_pretrained(encoder, num_labels=3)
+        transformers.set_seed(self.seed)
+        model = transformers.XLMRobertaForSequenceClassification.from_pretrained(encoder, num_labels=3)
         if head is not None:
             model.load_state_dict(head, strict=False)
             model.classifier.requires_grad_(False)
         pairs, labels = world.task(setting.examples, "A", "train")
-        arguments = TrainingArguments(
+        arguments = transformers.TrainingArguments(
             output_dir=str(self.folder),
             num_train_epochs=setting.epochs,
             learning_rate=self.learning_rate,
             per_device_train_batch_size=self.batch,
             weight_decay=setting.weight_decay,
             warmup_steps=setting.warm_up,
-            save_strategy="epoch",
-            save_only_model=True,
-            logging_strategy="epoch",
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
             seed=self.seed,
+            **TRAINER,
+            **QUIET,
         )
         rows = [{"input_ids": pair, "labels": label} for pair, label in zip(pairs, labels, strict=True)]
-        trainer = Trainer(model=model, args=arguments, train_dataset=rows)
-        trainer.remove_callback(PrinterCallback)
+        trainer = transformers.Trainer(model=model, args=arguments, train_dataset=rows)
+        trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
 
     @property
@@ -230,8 +199,7 @@ class Experiment:
         loss = pretrain(self.world, self.setting.pretraining, self.folder / "encoder")
         giver = self.run(*self.setting.middle, self.setting.head_seed, "head").snapshots[-1]
         head = {name: giver[name] for name in giver.specs if name.startswith("classifier.")}
-        rows: list[dict[str, Any]] = []
-        groups: list[dict[str, Any]] = []
+        rows, groups = [], []
         for rate, batch in product(self.setting.learning_rates, self.setting.batches):
             runs = [self.run(rate, batch, seed, "grid", head) for seed in self.setting.seeds]
             rows += [self.single(run) for run in runs]
@@ -249,25 +217,29 @@ class Experiment:
         """Train one run."""
         run = Run(rate, batch, seed, self.folder / f"{kind}-{rate:g}-{batch}" / f"seed-{seed}")
         run.train(self.world, self.setting, self.folder / "encoder", head)
-        report(f"trained {run.folder.relative_to(self.folder)}, {time.process_time():.0f} s of processor time so far")
+        report(f"trained {run.folder.relative_to(self.folder)}")
         return run
 
     def score(self, checkpoint: merge.Checkpoint) -> Accuracy:
-        """Measure one model."""
-        return self.world.accuracy(checkpoint, self.setting.tested, self.split)
+        """Measure a model in both languages: the share of pairs whose likeliest class is right."""
+        model = checkpoint.to_model()
+        result = {}
+        for name, language in LANGUAGES.items():
+            pairs, labels = self.world.task(self.setting.tested, language, self.split)
+            with torch.inference_mode():
+                result[name] = float((model(input_ids=pairs).logits.argmax(-1) == labels).double().mean())
+        return result
 
     def single(self, run: Run) -> dict[str, Any]:
         """Measure what one run gives, and whether portmanteau notes that its first snapshot was not settled."""
-        found = averages(run.snapshots, self.setting.skip_first)
-        scores = {name: self.score(model) for name, model in found.items()}
+        scores = {name: self.score(m) for name, m in averages(run.snapshots, self.setting.skip_first).items()}
         noted = any("skip_first" in note for note in compositions.average(models=run.snapshots).notes)
         return {"learning_rate": run.learning_rate, "batch": run.batch, "seed": run.seed, **scores, "noted": noted}
 
     def over_runs(self, runs: Sequence[Sequence[merge.Checkpoint]], **keys: Any) -> dict[str, Accuracy]:
         """Measure the average of the runs' last snapshots, and of all their snapshots."""
         models = {"last": [run[-1] for run in runs], "all": [snapshot for run in runs for snapshot in run]}
-        found = {name: compositions.average(models=chosen, **keys) for name, chosen in models.items()}
-        return {name: self.score(model) for name, model in found.items()}
+        return {name: self.score(compositions.average(models=chosen, **keys)) for name, chosen in models.items()}
 
     def control(self) -> dict[str, Any]:
         """Average runs whose heads were trained apart, after making sure that this is refused at first."""
@@ -275,11 +247,11 @@ class Experiment:
         try:
             merge.build(compositions.average(models=[run[-1] for run in runs]), self.folder / "refused")
         except merge.MergeError as error:
-            refusal = str(error).splitlines()[0]
+            refusal = str(error).splitlines()[0].replace(f"{self.folder}/", "")
         else:
             raise AssertionError("runs with heads of their own were averaged without a word")
-        singles = [self.score(run[-1]) for run in runs]
-        return {"refusal": refusal, "single runs": singles, **self.over_runs(runs, shared="")}
+        singles = {"refusal": refusal, "single runs": [self.score(run[-1]) for run in runs]}
+        return {**singles, **self.over_runs(runs, shared="")}
 
 
 def spread(values: Sequence[float]) -> str:
@@ -288,61 +260,45 @@ def spread(values: Sequence[float]) -> str:
 
 
 def tables(results: Mapping[str, Any]) -> str:
-    """Lay the results out as three Markdown tables: single runs, averages over the seeds, the control."""
-    singles, groups, own = results["runs"], results["averages over the seeds"], results["control: heads of their own"]
+    """Lay the results out as two Markdown tables: single runs, and averages over the seeds."""
+    runs, groups, own = results["runs"], results["averages over the seeds"], results["control: heads of their own"]
     names = ("last", "average", "average, first half left out")
-    rates = list(dict.fromkeys(row["learning_rate"] for row in singles))
-    lines = [f"| single runs | tested in | {' | '.join(names)} | noted |", "|---|---|---|---|---|---|"]
-    for where, rate in product(LANGUAGES, rates):
-        rows = [row for row in singles if row["learning_rate"] == rate]
-        found = " | ".join(spread([row[name][where] for row in rows]) for name in names)
-        lines.append(f"| {rate:g} | {where} | {found} | {sum(row['noted'] for row in rows)} of {len(rows)} |")
+    lines = [f"| single runs | tested in | {' | '.join(names)} | noted |", "|---" * 6 + "|"]
+    for where, rate in product(LANGUAGES, dict.fromkeys(run["learning_rate"] for run in runs)):
+        chosen = [run for run in runs if run["learning_rate"] == rate]
+        found = " | ".join(spread([run[name][where] for run in chosen]) for name in names)
+        lines.append(f"| {rate:g} | {where} | {found} | {sum(run['noted'] for run in chosen)} of {len(chosen)} |")
+    seeds = len(results["setting"]["seeds"])  # the runs of a cell, next to each other
+    for size, where in product((1, seeds), LANGUAGES):
+        cells = [runs[i : i + size] for i in range(0, len(runs), size)]
+        found = " | ".join(spread([statistics.fmean(run[name][where] for run in c) for c in cells]) for name in names)
+        lines.append(f"| **{'all runs' if size == 1 else 'means over seeds'}** | {where} | {found} | |")
+    lines += [
+        "",
+        "| averages over the seeds | tested in | single last | last of each | all of each |",
+        "|---" * 5 + "|",
+    ]
     for where in LANGUAGES:
-        found = " | ".join(spread([row[name][where] for row in singles]) for name in names)
-        lines.append(f"| **all runs** | {where} | {found} | |")
-    for where in LANGUAGES:
-        found = " | ".join(spread([cell[name][where] for cell in cells(singles, names)]) for name in names)
-        lines.append(f"| **means over seeds** | {where} | {found} | |")
-    lines += ["", "| averages over the seeds | tested in | single last | last of each | all of each |"]
-    lines.append("|---|---|---|---|---|")
-    for where, group in product(LANGUAGES, groups):
-        lasts = [row["last"][where] for row in singles if all(row[k] == group[k] for k in ("learning_rate", "batch"))]
-        label = f"{group['learning_rate']:g}, batch {group['batch']}"
-        lines.append(
-            f"| {label} | {where} | {spread(lasts)} | {group['last'][where]:.3f} | {group['all'][where]:.3f} |"
-        )
-    for where in LANGUAGES:
-        lasts = spread([one[where] for one in own["single runs"]])
-        lines.append(f"| control: own heads | {where} | {lasts} | {own['last'][where]:.3f} | {own['all'][where]:.3f} |")
+        for i, group in enumerate([*groups, own]):
+            single = own["single runs"] if group is own else [r["last"] for r in runs[i * seeds : (i + 1) * seeds]]
+            label = "control: own heads" if group is own else f"{group['learning_rate']:g}, batch {group['batch']}"
+            found = f"{spread([s[where] for s in single])} | {group['last'][where]:.3f} | {group['all'][where]:.3f}"
+            lines.append(f"| {label} | {where} | {found} |")
     return "\n".join(lines)
-
-
-def cells(singles: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Iterator[dict[str, Accuracy]]:
-    """Give the mean over the seeds for every learning rate and batch size."""
-    for key in dict.fromkeys((row["learning_rate"], row["batch"]) for row in singles):
-        rows = [row for row in singles if (row["learning_rate"], row["batch"]) == key]
-        yield {name: {where: statistics.fmean(r[name][where] for r in rows) for where in LANGUAGES} for name in names}
-
-
-def report(line: str) -> None:
-    """Say how far the work is."""
-    print(line, file=sys.stderr, flush=True)
 
 
 def main() -> None:
     """Parse the command line, train, measure, print."""
     parser = argparse.ArgumentParser(description="Measure checkpoint and run averaging on a small classifier.")
-    parser.add_argument(
-        "--quick", action="store_true", help="a few seconds to see that it runs; the numbers mean nothing"
-    )
+    parser.add_argument("--quick", action="store_true", help="only see that it runs; the numbers mean nothing")
     parser.add_argument("--world", type=int, default=0, help="seed of the world, its text and the encoder")
     parser.add_argument("--split", choices=["test", "development"], default="test")
     parser.add_argument("--runs", type=Path, help="keep the snapshots in this new folder")
     parser.add_argument("--out", type=Path, help="write the results as JSON")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    disable_progress_bar()  # type: ignore[no-untyped-call]
-    set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     with tempfile.TemporaryDirectory() as scratch:
         setting = QUICK if arguments.quick else Setting()
         folder = arguments.runs or Path(scratch)
