@@ -10,8 +10,8 @@ epochs, for every learning rate, batch size and seed of a grid. The test is in A
 
 As in Schmidt et al. 2023 the head is trained once, in a run of its own, and every run of the grid trains the encoder
 alone below that head, frozen. Per run: the last snapshot, the average of all, the average without the first half. Per
-learning rate and batch size: the averages over the seeds. The control averages runs that brought heads of their own,
-which `average` refuses unless it is told `shared=""`. The Trainer needs accelerate.
+cell: the averages over the seeds. The control averages runs that brought heads of their own, which `average` refuses
+unless it is told `shared=""`. The Trainer needs accelerate.
 """
 
 from __future__ import annotations
@@ -39,13 +39,11 @@ from portmanteau import compositions, merge
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # in XLM-R's order
 MEANINGS, TOPICS, FIELD, WORDS = 120, 12, 3, 8  # a field is so many topics; a sentence so many words
 LENGTH, CONCENTRATION, BACKGROUND = 2 * WORDS + 2, 0.05, 0.2
-SHARES = (0.25, 0.25, 0.5)  # of the text for pre-training: in A, in B, code-switched
-MASKED, UNSCORED = 0.25, -100
+MASKED, SHARES = 0.25, (0.25, 0.25, 0.5)  # of the text for pre-training: in A, in B, code-switched
 SHAPE = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 256}
-TRAINER = {"save_strategy": "epoch", "save_only_model": True, "logging_strategy": "epoch", "use_cpu": True}
+SAVING = {"save_strategy": "epoch", "save_only_model": True, "logging_strategy": "epoch", "use_cpu": True}
 QUIET = {"report_to": "none", "disable_tqdm": True}
 LANGUAGES = {"source": "A", "target": "B"}
-Accuracy = dict[str, float]  # by "source" and "target"
 report = partial(print, file=sys.stderr, flush=True)
 
 
@@ -64,7 +62,7 @@ class Setting:
     head_seed: int = 1000
     skip_first: float = 0.5
     weight_decay: float = 0.05
-    warm_up: float = 0.1
+    warm_up: float = 0.1  # as a share of all steps
 
 
 QUICK = Setting((1e-4, 1e-3), (32,), (0, 1), epochs=4, examples=64, tested=50, pretraining=3)
@@ -122,16 +120,14 @@ def pretrain(world: World, steps: int, folder: Path) -> float:
     for _ in range(steps):
         text = world.plain(64, dice)
         hidden = (torch.rand(text.shape) < MASKED) & (text >= len(SPECIAL))
-        labels = text.masked_fill(~hidden, UNSCORED)
+        labels = text.masked_fill(~hidden, -100)
         loss = model(input_ids=text.masked_fill(hidden, SPECIAL.index("<mask>")), labels=labels).loss
+        optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        optimizer.zero_grad()
         schedule.step()
         losses.append(loss.item())
-        if len(losses) % 250 == 0:
-            report(f"pre-training, step {len(losses)}: loss {statistics.fmean(losses[-50:]):.3f}")
     model.save_pretrained(folder)
     return statistics.fmean(losses[-50:])
 
@@ -161,8 +157,7 @@ class Run:
             weight_decay=setting.weight_decay,
             warmup_steps=setting.warm_up,
             seed=self.seed,
-            **TRAINER,
-            **QUIET,
+            **(SAVING | QUIET),
         )
         rows = [{"input_ids": pair, "labels": label} for pair, label in zip(pairs, labels, strict=True)]
         trainer = transformers.Trainer(model=model, args=arguments, train_dataset=rows)
@@ -178,11 +173,8 @@ class Run:
 
 def averages(snapshots: Sequence[merge.Checkpoint], skip_first: float) -> dict[str, merge.Checkpoint]:
     """Name what one run gives."""
-    return {
-        "last": snapshots[-1],
-        "average": compositions.average(models=snapshots),
-        "average, first half left out": compositions.average(models=snapshots, skip_first=skip_first),
-    }
+    mean, second_half = (compositions.average(models=snapshots, skip_first=share) for share in (0.0, skip_first))
+    return {"last": snapshots[-1], "average": mean, "average, first half left out": second_half}
 
 
 @dataclass(frozen=True)
@@ -220,10 +212,9 @@ class Experiment:
         report(f"trained {run.folder.relative_to(self.folder)}")
         return run
 
-    def score(self, checkpoint: merge.Checkpoint) -> Accuracy:
+    def score(self, checkpoint: merge.Checkpoint) -> dict[str, float]:
         """Measure a model in both languages: the share of pairs whose likeliest class is right."""
-        model = checkpoint.to_model()
-        result = {}
+        model, result = checkpoint.to_model(), {}
         for name, language in LANGUAGES.items():
             pairs, labels = self.world.task(self.setting.tested, language, self.split)
             with torch.inference_mode():
@@ -236,7 +227,7 @@ class Experiment:
         noted = any("skip_first" in note for note in compositions.average(models=run.snapshots).notes)
         return {"learning_rate": run.learning_rate, "batch": run.batch, "seed": run.seed, **scores, "noted": noted}
 
-    def over_runs(self, runs: Sequence[Sequence[merge.Checkpoint]], **keys: Any) -> dict[str, Accuracy]:
+    def over_runs(self, runs: Sequence[Sequence[merge.Checkpoint]], **keys: Any) -> dict[str, dict[str, float]]:
         """Measure the average of the runs' last snapshots, and of all their snapshots."""
         models = {"last": [run[-1] for run in runs], "all": [snapshot for run in runs for snapshot in run]}
         return {name: self.score(compositions.average(models=chosen, **keys)) for name, chosen in models.items()}
@@ -273,11 +264,8 @@ def tables(results: Mapping[str, Any]) -> str:
         cells = [runs[i : i + size] for i in range(0, len(runs), size)]
         found = " | ".join(spread([statistics.fmean(run[name][where] for run in c) for c in cells]) for name in names)
         lines.append(f"| **{'all runs' if size == 1 else 'means over seeds'}** | {where} | {found} | |")
-    lines += [
-        "",
-        "| averages over the seeds | tested in | single last | last of each | all of each |",
-        "|---" * 5 + "|",
-    ]
+    lines.append("\n| averages over the seeds | tested in | single last | last of each | all of each |")
+    lines.append("|---" * 5 + "|")
     for where in LANGUAGES:
         for i, group in enumerate([*groups, own]):
             single = own["single runs"] if group is own else [r["last"] for r in runs[i * seeds : (i + 1) * seeds]]
