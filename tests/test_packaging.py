@@ -31,15 +31,15 @@ SET_UP = (
 )
 LAYERS = (  # a file imports only from layers above its own
     ("merge.errors", "merge.form", "merge.names", "merge.kernels", "merge.storage", "merge.units"),
-    ("merge.dtypes", "merge.operator"),
+    ("merge.dtypes", "merge.operator", "merge.bottleneck_config"),
     ("merge.tensor_spec", "merge.surveys", "merge.changes", "merge.operators.linear"),
     ("merge.companions", "merge.safetensors_file", "merge.torch_file", "merge.writer", "merge.operators.*"),
     ("merge.operators", "merge.hub"),
-    ("merge.registry",),
+    ("merge.registry", "merge.adapter_folder"),
     ("merge.node",),
     ("merge.checkpoint", "merge.evaluate"),
     ("merge.stored", "merge.composed"),
-    ("merge.adapter", "merge.surveyed"),
+    ("merge.adapter", "merge.bottleneck", "merge.surveyed"),
     ("merge.plan",),
     ("merge.low_rank",),
     ("merge.receipt",),
@@ -170,6 +170,7 @@ def test_a_lower_package_does_not_know_a_higher_one_even_for_types(package: str,
 def test_merge_has_exactly_these_public_names() -> None:
     assert merge.__all__ == [
         "Adapter",
+        "Bottleneck",
         "Checkpoint",
         "CheckpointError",
         "Composed",
@@ -191,6 +192,7 @@ def test_merge_has_exactly_these_public_names() -> None:
         "make_plan",
         "open",
         "open_adapter",
+        "open_bottleneck",
         "operator",
         "operators",
     ]
@@ -207,12 +209,14 @@ def test_compositions_has_exactly_these_public_names() -> None:
         "Rule",
         "Zone",
         "average",
+        "average_adapters",
         "changes",
         "compose",
         "composition",
         "layer_swap",
         "load",
         "lora",
+        "stack_adapters",
         "tensorwise",
     ]
     assert all(hasattr(compositions, name) for name in compositions.__all__)

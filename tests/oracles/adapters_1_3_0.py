@@ -1,8 +1,8 @@
 """The library adapters 1.3.0, asked as an oracle from an environment of its own: it needs transformers 4.
 
     python3.11 -m venv oracle
-    oracle/bin/pip install adapters==1.3.0 transformers==4.57.6 'huggingface_hub<1' 'datasets<4' requests 'accelerate<2' \
-        torch==2.13.0
+    oracle/bin/pip install adapters==1.3.0 transformers==4.57.6 'huggingface_hub<1' 'datasets<4' 'accelerate<2' \
+        requests torch==2.13.0
     oracle/bin/python tests/oracles/adapters_1_3_0.py fixtures
 
 writes the folders in `tests/oracles/adapters_1_3_0/`, which tests compare with. Tests marked `adapters` call `outputs`:
@@ -64,7 +64,7 @@ def fixtures() -> None:
     BertModel(BertConfig(**TINY)).save_pretrained("base")
     model = adapters.AutoAdapterModel.from_pretrained("base").eval()
     kinds = {"first": "seq_bn[reduction_factor=4]", "second": "seq_bn[reduction_factor=4, dropout=0.1]"}
-    kinds |= {name: "seq_bn_inv[reduction_factor=2]" for name in ("swahili", "quechua")}
+    kinds |= dict.fromkeys(("swahili", "quechua"), "seq_bn_inv[reduction_factor=2]")
     kinds |= {"task": "double_seq_bn[reduction_factor=8]"}
     for name, kind in kinds.items():
         model.add_adapter(name, config=kind)
