@@ -14,7 +14,7 @@ import typer
 
 from portmanteau import merge
 from portmanteau.compositions import change_tables, changes, compose, heat_map, load, reference_page
-from portmanteau.merge import describe
+from portmanteau.merge import describe, describe_bottleneck
 from portmanteau.merge.execute import MEMORY, Limits
 from portmanteau.merge.output import check_file
 from portmanteau.merge.units import byte_count, readable
@@ -141,13 +141,17 @@ def inspect(
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Show a checkpoint's tensors, sizes, layers and dtypes, from its headers."""
-    opened = merge.open(checkpoint)
-    found = describe.checkpoint(opened, tensors=tensors)
+    """Show the tensors, sizes, layers and dtypes of a checkpoint or a bottleneck adapter, from its headers."""
+    if describe_bottleneck.is_bottleneck(checkpoint):
+        found = describe_bottleneck.adapters(checkpoint, tensors=tensors)
+    else:
+        found = describe.checkpoint(merge.open(checkpoint), tensors=tensors)
     if as_json:
         _print_json(found)
         return
     typer.echo(f"{checkpoint}: {found['tensors']} tensors, {found['entries']:,} entries, {readable(found['bytes'])}")
+    for adapter in found.get("adapters", ()):
+        typer.echo("; ".join(f"{key.replace('_', ' ')}: {value}" for key, value in adapter.items()))
     groups = [(r["where"], r["layers"], str(r["tensors"]), readable(r["bytes"]), r["dtypes"]) for r in found["groups"]]
     _table(("where", "layers", "tensors", "bytes", "dtypes"), groups)
     if tensors:

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from portmanteau.merge import Bottleneck, Composed, MergeError
 from portmanteau.merge.adapter_folder import CONFIG
-from portmanteau.merge.bottleneck import LIBRARY, VERSION, WEIGHTS
+from portmanteau.merge.bottleneck import LIBRARY, SETUP, VERSION, WEIGHTS
 from portmanteau.merge.companions import Companions
 from portmanteau.merge.errors import Mistake
 from portmanteau.merge.form import Form
@@ -19,7 +19,6 @@ from portmanteau.merge.node import copy_of
 from .composition import composition
 from .same_model import other_models, other_paths
 
-_SETUP = "adapter_setup.json"
 _NOTE = (
     "bottleneck adapters cannot be merged into weights, an activation stands between their projections: the stack "
     "acts at run time; the library adapters loads it: "
@@ -55,7 +54,7 @@ def stack_adapters(
     texts = {f"{adapter.name}/{CONFIG}": adapter.config_text(adapter.name) for adapter in both.values()}
     form = Form(WEIGHTS, folders=folders, library=LIBRARY, title="Two stacked adapters")
     head = {f"{task.name}/{name}": path for name, path in task.head.items()}
-    companions = Companions(files=head, texts={**texts, _SETUP: _setup(language.name, task.name)}, form=form)
+    companions = Companions(files=head, texts={**texts, SETUP: _setup(language.name, task.name)}, form=form)
     notes = (_NOTE, *_left_out(language, task), *other_paths([language, task]))
     return Composed("stack_adapters", nodes, companions, notes)
 

@@ -20,6 +20,7 @@ from .stored import StoredCheckpoint, open
 
 VERSION = "adapters.1.3.0"  # of the format; it tells adapters that nothing is to be converted
 WEIGHTS = "adapter.safetensors"
+SETUP = "adapter_setup.json"  # of a composition, whose adapters lie in sub-folders of their names
 LIBRARY = "adapter-transformers"  # what the Hub calls it
 _HEAD_CONFIG = "head_config.json"
 _HEAD = (_HEAD_CONFIG, "model_head.safetensors", "pytorch_model_head.bin")
@@ -72,12 +73,6 @@ class Bottleneck:
         """Write its adapter_config.json, for an adapter of this name."""
         found = {**self.model, "config": dict(self.architecture), "name": name, "version": VERSION}
         return json.dumps(found, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-
-
-def is_bottleneck(folder: str | Path) -> bool:
-    """Tell whether there is a folder with an adapter of the library adapters, of whatever method."""
-    path = Path(folder).expanduser() / CONFIG
-    return path.is_file() and "peft_type" not in read_json(path)
 
 
 def open_bottleneck(reference: str | Path, *, revision: str | None = None, label: str | None = None) -> Bottleneck:

@@ -1,4 +1,4 @@
-"""The architecture of a bottleneck adapter, as an AdapterHub config spells it: defaults, old spellings, other methods."""
+"""The architecture of a bottleneck adapter as AdapterHub configs spell it: defaults, old spellings, other methods."""
 
 from __future__ import annotations
 
