@@ -74,7 +74,8 @@ def fixtures() -> None:
         model.save_adapter(name, name, use_safetensors=name in ("second", "quechua"), with_head=name == "task")
     answers = {"plain": output(model)}
     for name, members in AVERAGES.items():
-        model.average_adapter(name, [one for one, _ in members], weights=[weight for _, weight in members])
+        # asked of a model with heads, average_adapter leaves the invertible adapters out without a word
+        model.base_model.average_adapter(name, [one for one, _ in members], weights=[weight for _, weight in members])
         model.save_adapter(name, name, use_safetensors=True, with_head=False)
     for name, setup in {**{name: name for name in AVERAGES}, "stack": Stack("swahili", "task")}.items():
         model.set_active_adapters(setup)
