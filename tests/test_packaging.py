@@ -253,7 +253,11 @@ def swap(tmp_path: Path, save_tensors: Callable[[str, Mapping[str, Tensor]], Pat
     return recipe
 
 
-COMMANDS = ("--help", "plan swap.yaml", "check swap.yaml", "show", "show ties", "show layer_swap", "inspect math")
+ADAPTER = ROOT / "tests" / "oracles" / "adapters_1_3_0" / "second"
+COMMANDS = (
+    *("--help", "plan swap.yaml", "check swap.yaml", "show", "show ties", "show layer_swap", "inspect math"),
+    f"inspect {ADAPTER}",
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
