@@ -11,14 +11,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic.fields import FieldInfo
 
-from portmanteau.merge import Adapter, Bottleneck, Checkpoint, RecipeError
+from portmanteau.merge import Adapter, Bottleneck, Checkpoint, RecipeError, SparseFineTune
 from portmanteau.merge.errors import nearest
 from portmanteau.merge.operator import Setting
 from portmanteau.merge.registry import operators
 
 from .composition import Composition, compositions
 
-_NAMES = {Checkpoint: "model", Adapter: "adapter", Bottleneck: "bottleneck adapter"}
+_NAMES = {Checkpoint: "model", Adapter: "adapter", Bottleneck: "bottleneck adapter", SparseFineTune: "sparse fine-tune"}
 
 
 def overview() -> list[dict[str, str]]:
