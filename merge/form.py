@@ -15,17 +15,17 @@ class Form:
     Attributes:
         weights: the name of the weight file; only that of a model is cut in shards, which have an index.
         metadata: what the header of the weight file says beside the tensors.
-        folders: tensor → the sub-folder where it lies, in a weight file of that name; without one, beside the card.
         library: the library that loads the folder, `library_name` on the Hub.
         title: what the model card calls it.
+        folders: tensor → the sub-folder where it lies, in a weight file of that name; without one, beside the card.
 
     """
 
     weights: str = WHOLE_MODEL
     metadata: Mapping[str, str] = field(default_factory=lambda: {"format": "pt"})
-    folders: Mapping[str, str] = field(default_factory=dict)
     library: str = "transformers"
     title: str = "A merged model"
+    folders: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def is_model(self) -> bool:

@@ -153,7 +153,7 @@ def test_transformers_loads_a_sharded_result(save_llama: Callable[..., Path], tm
 
 
 def test_a_form_puts_tensors_into_files_in_sub_folders_without_an_index(tmp_path: Path) -> None:
-    form = Form("adapter.safetensors", {}, {"a.x": "a", "b.x": "b"})
+    form = Form("adapter.safetensors", folders={"a.x": "a", "b.x": "b"})
     tensors = {"a.x": torch.tensor([1.0, 2.0]), "b.x": torch.tensor([3.0]), "y": torch.tensor([4.0])}
     writer = Writer(tmp_path, [spec_of(name, tensor) for name, tensor in tensors.items()], 1, form)
     for name, tensor in tensors.items():
