@@ -1,6 +1,7 @@
 """Which tensors meet: compositions take checkpoints and give a checkpoint, nothing read until it is asked for."""
 
 from .average import Exponential, accumulative_averages, average
+from .average_adapters import average_adapters
 from .changes import Changes, changes
 from .compose import compose
 from .composition import Composition, composition
@@ -15,6 +16,7 @@ from .partition_turns import Interleaved, Turns, partition_turns
 from .recipe import Recipe, load
 from .revert_sparse import revert_sparse
 from .sparse_fine_tune import Term, sparse_fine_tune
+from .stack_adapters import stack_adapters
 from .tensorwise import Rule, tensorwise
 from .weight_snapshots import weight_snapshots
 from .zones import Ends, Zone
@@ -36,6 +38,7 @@ __all__ = [
     "Zone",
     "accumulative_averages",
     "average",
+    "average_adapters",
     "changes",
     "compose",
     "composition",
@@ -51,6 +54,7 @@ __all__ = [
     "partition_turns",
     "revert_sparse",
     "sparse_fine_tune",
+    "stack_adapters",
     "tensorwise",
     "weight_snapshots",
 ]

@@ -14,7 +14,15 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
 
-from portmanteau.merge import Adapter, Checkpoint, SparseFineTune, open_adapter, open_sparse
+from portmanteau.merge import (
+    Adapter,
+    Bottleneck,
+    Checkpoint,
+    SparseFineTune,
+    open_adapter,
+    open_bottleneck,
+    open_sparse,
+)
 from portmanteau.merge import open as open_checkpoint
 from portmanteau.merge.hub import is_hub_id
 
@@ -62,6 +70,13 @@ class AdapterReference(Reference):
     opener: ClassVar[Callable[..., Any]] = staticmethod(open_adapter)
 
 
+class BottleneckReference(Reference):
+    """What stands for a bottleneck adapter in a recipe."""
+
+    may_be_step: ClassVar[bool] = False
+    opener: ClassVar[Callable[..., Any]] = staticmethod(open_bottleneck)
+
+
 class SparseReference(Reference):
     """What stands for a sparse fine-tune in a recipe."""
 
@@ -72,6 +87,7 @@ class SparseReference(Reference):
 _KINDS: Mapping[Any, type[Reference]] = {
     Checkpoint: Reference,
     Adapter: AdapterReference,
+    Bottleneck: BottleneckReference,
     SparseFineTune: SparseReference,
 }
 

@@ -121,11 +121,13 @@ def test_show_lists_everything_and_explains_one(tmp_path: Path) -> None:
     names = [row["name"] for row in json.loads(run("show", "--json").stdout)]
     assert names == [
         "average",
+        "average_adapters",
         "extract_sparse",
         "layer_swap",
         "lora",
         "revert_sparse",
         "sparse_fine_tune",
+        "stack_adapters",
         "copy",
         "dare",
         "equal",

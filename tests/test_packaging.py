@@ -31,23 +31,23 @@ SET_UP = (
 )
 LAYERS = (  # a file imports only from layers above its own
     ("merge.errors", "merge.form", "merge.names", "merge.kernels", "merge.storage", "merge.units"),
-    ("merge.dtypes", "merge.operator"),
+    ("merge.dtypes", "merge.operator", "merge.bottleneck_config"),
     ("merge.tensor_spec", "merge.pytorch_diff", "merge.surveys", "merge.changes", "merge.operators.linear"),
     ("merge.companions", "merge.safetensors_file", "merge.torch_file", "merge.writer", "merge.operators.*"),
     ("merge.operators", "merge.hub"),
-    ("merge.registry",),
+    ("merge.registry", "merge.adapter_folder"),
     ("merge.node",),
     ("merge.checkpoint", "merge.evaluate"),
     ("merge.stored", "merge.composed", "merge.in_memory", "merge.selection"),
-    ("merge.adapter", "merge.fingerprint", "merge.sparse", "merge.sparse_file", "merge.surveyed"),
+    ("merge.adapter", "merge.bottleneck", "merge.fingerprint", "merge.sparse", "merge.sparse_file", "merge.surveyed"),
     ("merge.plan",),
     ("merge.low_rank",),
-    ("merge.receipt",),
+    ("merge.receipt", "merge.describe_bottleneck"),
     ("merge.describe", "merge.model_card", "merge.output"),
     ("merge.execute",),
     ("merge",),
     ("compositions.composition", "compositions.lines", "compositions.reference"),
-    ("compositions.matching", "compositions.zones"),
+    ("compositions.matching", "compositions.same_model", "compositions.zones"),
     (*(f"compositions.{name}" for name in ("automatic_layers", "changes", "freezing", "sparse_fine_tune")),),
     ("compositions.*",),
     ("compositions.recipe", "compositions.reference_page"),
@@ -171,6 +171,7 @@ def test_a_lower_package_does_not_know_a_higher_one_even_for_types(package: str,
 def test_merge_has_exactly_these_public_names() -> None:
     assert merge.__all__ == [
         "Adapter",
+        "Bottleneck",
         "Checkpoint",
         "CheckpointError",
         "Composed",
@@ -194,6 +195,7 @@ def test_merge_has_exactly_these_public_names() -> None:
         "make_plan",
         "open",
         "open_adapter",
+        "open_bottleneck",
         "open_sparse",
         "operator",
         "operators",
@@ -219,6 +221,7 @@ def test_compositions_has_exactly_these_public_names() -> None:
         "Zone",
         "accumulative_averages",
         "average",
+        "average_adapters",
         "changes",
         "compose",
         "composition",
@@ -234,6 +237,7 @@ def test_compositions_has_exactly_these_public_names() -> None:
         "partition_turns",
         "revert_sparse",
         "sparse_fine_tune",
+        "stack_adapters",
         "tensorwise",
         "weight_snapshots",
     ]
@@ -271,7 +275,11 @@ def swap(tmp_path: Path, save_tensors: Callable[[str, Mapping[str, Tensor]], Pat
     return recipe
 
 
-COMMANDS = ("--help", "plan swap.yaml", "check swap.yaml", "show", "show ties", "show layer_swap", "inspect math")
+ADAPTER = ROOT / "tests" / "oracles" / "adapters_1_3_0" / "second"
+COMMANDS = (
+    *("--help", "plan swap.yaml", "check swap.yaml", "show", "show ties", "show layer_swap", "inspect math"),
+    f"inspect {ADAPTER}",
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
