@@ -1,5 +1,6 @@
 """Which tensors meet: compositions take checkpoints and give a checkpoint, nothing read until it is asked for."""
 
+from . import lottery_ticket
 from .average import Exponential, average
 from .changes import Changes, changes
 from .compose import compose
@@ -25,5 +26,6 @@ __all__ = [
     "layer_swap",
     "load",
     "lora",
+    "lottery_ticket",
     "tensorwise",
 ]

@@ -46,7 +46,7 @@ LAYERS = (  # a file imports only from layers above its own
     ("merge.execute",),
     ("merge",),
     ("compositions.composition", "compositions.lines", "compositions.reference"),
-    ("compositions.matching", "compositions.zones"),
+    ("compositions.masks", "compositions.matching", "compositions.sparse_result", "compositions.zones"),
     ("compositions.changes",),
     ("compositions.*",),
     ("compositions.recipe", "compositions.reference_page"),
@@ -211,6 +211,7 @@ def test_compositions_has_exactly_these_public_names() -> None:
         "layer_swap",
         "load",
         "lora",
+        "lottery_ticket",
         "tensorwise",
     ]
     assert all(hasattr(compositions, name) for name in compositions.__all__)

@@ -1,17 +1,19 @@
-"""Make the fixtures of sparse fine-tuning with its reference implementation, composable-sft. Run by hand, never by a test.
+"""Make the fixtures of sparse fine-tuning with its reference implementation, composable-sft. Run by hand only.
 
     python -m tests.oracles.composable_sft CHECKOUT
 
-CHECKOUT is a folder with github.com/cambridgeltl/composable-sft at 29f7872d018555ee84fb9620ba7d69df426a7bdb. The fixtures
-beside this file were made with Python 3.11, torch 2.13.0 (CPU, one thread), transformers 5.23.0, datasets 5.2.0, numpy 2.4.6.
+CHECKOUT is a folder with github.com/cambridgeltl/composable-sft at 29f7872d018555ee84fb9620ba7d69df426a7bdb. The
+fixtures beside this file were made with Python 3.11, torch 2.13.0 (CPU, one thread), transformers 5.23.0, datasets
+5.2.0, numpy 2.4.6.
 
-* `fixtures/pytorch_diff/`: the file that `SFT.save` writes, the base that it goes with, and what `SFT.apply` makes of both,
-  with the dense ("abs") tensors and without.
+* `fixtures/pytorch_diff/`: the file that `SFT.save` writes, the base that it goes with, and what `SFT.apply` makes of
+  both, with the dense ("abs") tensors and without.
 * `fixtures/lottery_ticket/`: runs of `LotteryTicketSparseFineTuner` on a small BERT, without L1. `start` and `examples`
-  are shared by all runs; `RUN.safetensors` holds, for every tensor with a mask, `NAME.indices` (row-major) and `NAME.values`
-  (the final weights there), and the head whole; its metadata has the run's settings and `dense_phase`, a digest of the
-  weights that a stock Trainer, without composable-sft, reaches after the steps of phase 1. All in fp64: Adam leaves an
-  entry whose gradient is only rounding noise (a key's bias) where it is, so that other machines find the same masks.
+  are shared by all runs; `RUN.safetensors` holds, for every tensor with a mask, `NAME.indices` (row-major) and
+  `NAME.values` (the final weights there), and the head whole; its metadata has the run's settings and `dense_phase`, a
+  digest of the weights that a stock Trainer, without composable-sft, reaches after the steps of phase 1. All in fp64:
+  Adam leaves an entry whose gradient is only rounding noise (a key's bias) where it is, so that other machines find the
+  same masks.
 
 composable-sft's Trainer needs two changes to run on transformers 5: an attribute `use_apex`, and transformers' own
 `_maybe_log_save_evaluate` in place of its copy of an older one.
@@ -42,7 +44,7 @@ def main() -> None:
     write_runs(FIXTURES / "lottery_ticket")
 
 
-# ------------------------------------------------------------------------------------------------- files and application
+# ------------------------------------------------------------------------------------------------ files and application
 
 
 def small_model() -> nn.Module:
@@ -78,7 +80,7 @@ def write_diff(folder: Path) -> None:
         save_file(dict(model.state_dict()), folder / f"{name}.safetensors")
 
 
-# -------------------------------------------------------------------------------------------------------------- training
+# ------------------------------------------------------------------------------------------------------------- training
 
 
 def write_runs(folder: Path) -> None:
