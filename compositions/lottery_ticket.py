@@ -15,7 +15,7 @@ from portmanteau.merge import Checkpoint, MergeError
 from portmanteau.merge.errors import Mistake, some
 from portmanteau.merge.names import matches
 
-from .masks import masked, select
+from .masks import BROKEN, LOWER, masked, select
 from .sparse_result import Entries, SparseFineTuning, names_in
 
 if TYPE_CHECKING:
@@ -80,13 +80,16 @@ def fine_tune(
         strength: dict[Phase, float] = {"dense": dense_l1, "sparse": sparse_l1}
         trainers = [(make_trainer(model, "dense"), make_trainer(model, "sparse")) for _ in shares]
         _check_trainers(model, trainers, sparse, strength)
+        details: dict[str, Any] = {
+            f"{phase} phase": _described(trainer, strength[phase])
+            for phase, trainer in zip(strength, trainers[0], strict=True)
+        }
         training = _Training(model, tuple(sparse), _copies(model), strength)
         masks: Tensors = {}
         for share in shares:
             masks = training.iterate(*trainers.pop(0), share, masks)
-        training.check_still(masks)
-    details = {"method": "LT-SFT", "maskable entries": entries, "iterations": iterations, "freeze": " ".join(freeze)}
-    details |= {"dense L1": dense_l1, "sparse L1": sparse_l1}
+        training.check(masks)
+    details |= {"method": "LT-SFT", "maskable entries": entries, "iterations": iterations, "freeze": " ".join(freeze)}
     return SparseFineTuning(
         {name: Entries.under(masks[name], training.start[name], parameter) for name, parameter in sparse.items()},
         {name: parameter.detach().cpu().clone() for name, parameter in dense.items()},
@@ -107,7 +110,7 @@ class _Training:
     def iterate(self, dense: Trainer, sparse: Trainer, count: int, taken: Tensors) -> Tensors:
         """Train densely, select, rewind, train sparsely; give the masks, those taken earlier among them."""
         parameters = dict(self.model.named_parameters())
-        began = _copies(self.model)
+        began = _copies(self.model) if taken else self.start
         with _drawn_back(dense, self.start, self.strength["dense"]):
             dense.train()
         before = {name: self.start[name] for name in self.sparse}
@@ -119,10 +122,12 @@ class _Training:
             sparse.train()
         return masks
 
-    def check_still(self, masks: Tensors) -> None:
-        """Compare every entry that was not to train with where it started, byte by byte."""
+    def check(self, masks: Tensors) -> None:
+        """Refuse what broke down; compare every entry that was not to train with where it started, byte by byte."""
         moved = []
         for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and not parameter.isfinite().all():
+                raise MergeError(name, BROKEN, LOWER)
             if name in masks or not parameter.requires_grad:
                 differs = _bits(parameter.detach().cpu()) != _bits(self.start[name])
                 if (differs & ~masks[name] if name in masks else differs).any():
@@ -246,6 +251,14 @@ def _mistakes(
         yield Mistake(where, "shards the parameters", "masks need whole parameters: train without FSDP and DeepSpeed")
     if strength and trainer.args.fp16:
         yield Mistake(where, "fp16 scales the gradients, and L1's would not be", "train in bf16 or fp32, or without L1")
+
+
+def _described(trainer: Trainer, strength: float) -> str:
+    """Say in short how a trainer trains, for the result's details."""
+    given = trainer.args
+    length = f"{given.max_steps} steps" if given.max_steps > 0 else f"{given.num_train_epochs:g} epochs"
+    batch = f"{given.per_device_train_batch_size} × {given.gradient_accumulation_steps} examples a step"
+    return f"{length}, {batch}, learning rate {given.learning_rate:g}, L1 {strength:g}, seed {given.seed}"
 
 
 def _decayed(trainer: Trainer, model: nn.Module, sparse: Mapping[str, nn.Parameter]) -> list[str]:

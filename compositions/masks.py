@@ -13,6 +13,8 @@ from portmanteau.merge.kernels import largest, select_largest
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+BROKEN, LOWER = "holds NaN or infinity after training", "lower the learning rate, or look for NaN in the data"
+
 
 def select(
     before: Mapping[str, Tensor], after: Mapping[str, Tensor], *, count: int, taken: Mapping[str, Tensor] | None = None
@@ -82,7 +84,7 @@ class _Changes:
         """Count the entries that changed."""
         change = self.of(name)
         if not change.isfinite().all():
-            raise MergeError(name, "holds NaN or infinity after training", "a lower learning rate, or look at the data")
+            raise MergeError(name, BROKEN, LOWER)
         return int(change.count_nonzero())
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ PLAIN = RUNS[0]
 Maker = Callable[[PreTrainedModel, Phase], Trainer]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
     """Compute as the fixtures were computed."""
     threads = torch.get_num_threads()
@@ -44,47 +44,52 @@ def maker(run: Run, folder: Path, **changes: Any) -> Maker:
     return make
 
 
-def trained(run: Run, folder: Path, **settings: Any) -> tuple[BertForSequenceClassification, SparseFineTuning]:
-    model = load_model(replace(run, frozen=""))
-    freeze = [run.frozen] if run.frozen else []
-    settings = {"count": run.count, "iterations": run.iterations, "freeze": freeze, **settings}
-    return model, fine_tune(model, maker(run, folder), **settings)
-
-
 # ---------------------------------------------------------------------------------------------------- as composable-sft
 
 
-@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
-def test_training_finds_the_masks_and_weights_of_composable_sft(run: Run, tmp_path: Path) -> None:
-    _, result = trained(run, tmp_path)
-    expected = load_file(FIXTURES / "lottery_ticket" / f"{run.name}.safetensors")
-    for name, entries in result.entries.items():
-        assert torch.equal(entries.indices, expected.pop(f"{name}.indices")), name
-        torch.testing.assert_close(entries.final, expected.pop(f"{name}.values"), rtol=1e-9, atol=1e-11)
-    for name, tensor in result.dense.items():
-        torch.testing.assert_close(tensor, expected.pop(name), rtol=1e-9, atol=1e-11)
-    assert expected == {}
+@dataclass(frozen=True)
+class Trained:
+    """A run as we train it, and what composable-sft made of it."""
+
+    run: Run
+    model: BertForSequenceClassification
+    result: SparseFineTuning
+    expected: dict[str, Tensor]
+    dense_phase: str
 
 
-@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
-def test_the_weights_are_those_of_composable_sft_bit_for_bit(run: Run, tmp_path: Path) -> None:
+@pytest.fixture(scope="module", params=RUNS, ids=lambda run: run.name)
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    run: Run = request.param
+    model = load_model(replace(run, frozen=""))
+    make = maker(run, tmp_path_factory.mktemp(run.name))
+    freeze = [run.frozen] if run.frozen else []
+    result = fine_tune(model, make, count=run.count, iterations=run.iterations, freeze=freeze)
     path = FIXTURES / "lottery_ticket" / f"{run.name}.safetensors"
     with safe_open(path, "pt") as file:
         about = json.loads(file.metadata()["run"])
-    stock = load_model(run)
-    maker(run, tmp_path)(stock, "dense").train()
-    if digest(stock) != about["dense_phase"]:
+    return Trained(run, model, result, load_file(path), about["dense_phase"])
+
+
+def test_training_finds_the_masks_and_weights_of_composable_sft(trained: Trained) -> None:
+    found: dict[str, Tensor] = dict(trained.result.dense)
+    for name, entries in trained.result.entries.items():
+        found |= {f"{name}.indices": entries.indices, f"{name}.values": entries.final}
+    torch.testing.assert_close(found, trained.expected, rtol=1e-9, atol=1e-11)
+
+
+def test_the_weights_are_those_of_composable_sft_bit_for_bit(trained: Trained, tmp_path: Path) -> None:
+    stock = load_model(trained.run)
+    maker(trained.run, tmp_path)(stock, "dense").train()
+    if digest(stock) != trained.dense_phase:
         pytest.skip("torch rounds otherwise on this machine: a stock Trainer alone gives other bits than the fixture's")
-    model, _ = trained(run, tmp_path)
-    expected = load_file(path)
+    expected = trained.expected
     weights = load_file(FIXTURES / "lottery_ticket" / "start.safetensors")
-    for name, parameter in model.named_parameters():
+    for name, parameter in trained.model.named_parameters():
+        whole = expected.get(name, weights[name].double())
         if f"{name}.indices" in expected:
-            whole = weights[name].double().view(-1)
-            whole[expected[f"{name}.indices"]] = expected[f"{name}.values"]
-            assert torch.equal(parameter.view(-1), whole), name
-        else:
-            assert torch.equal(parameter, expected.get(name, weights[name].double())), name
+            whole.view(-1)[expected[f"{name}.indices"]] = expected[f"{name}.values"]
+        assert torch.equal(parameter, whole), name
 
 
 # -------------------------------------------------------------------------------------------------- arithmetic on paper
@@ -143,6 +148,7 @@ def test_only_the_most_changed_entries_train_and_the_head_starts_again(tmp_path:
     assert entries.delta.tolist() == [6.0, -12.0, 6.0]
     assert result.masks["body.experts"].tolist() == [[[True, True, False]], [[False, True, False]]]
     assert result.shapes == {"body.experts": (2, 1, 3)}
+    assert result.details["sparse phase"] == "2 steps, 1 × 1 examples a step, learning rate 0.5, L1 0, seed 7"
     assert result.count == 3
 
 
@@ -401,6 +407,14 @@ def test_weights_moved_outside_the_masks_are_noticed(tmp_path: Path) -> None:
         return trainer
 
     with pytest.raises(merge.MergeError, match=r"moved entries outside the masks: body\.experts"):
+        fine_tune(Target(), make, count=1)
+
+
+def test_a_sparse_phase_that_broke_down_is_refused(tmp_path: Path) -> None:
+    def make(model: PreTrainedModel, phase: Phase) -> Trainer:
+        return descend(tmp_path, learning_rate=0.5 if phase == "dense" else 1e38)(model, phase)
+
+    with pytest.raises(merge.MergeError, match="head: holds NaN or infinity after training"):
         fine_tune(Target(), make, count=1)
 
 
