@@ -113,6 +113,8 @@ class _Training:
         began = _copies(self.model) if taken else self.start
         with _drawn_back(dense, self.start, self.strength["dense"]):
             dense.train()
+        if dense.optimizer is not None:
+            dense.optimizer.state.clear()  # Adam's moments are twice the model; the sparse phase makes its own
         before = {name: self.start[name] for name in self.sparse}
         masks = select(before, {name: parameters[name] for name in self.sparse}, count=count, taken=taken)
         for name, parameter in parameters.items():

@@ -223,6 +223,24 @@ def test_all_trainers_are_made_before_training_and_no_hook_stays(tmp_path: Path)
     assert [parameter._backward_hooks for parameter in model.parameters()] == [{}, {}]
 
 
+def test_the_moments_of_the_dense_phase_are_let_go(tmp_path: Path) -> None:
+    moments: list[dict[Phase, int]] = []
+    trainers: dict[Phase, Trainer] = {}
+
+    class Ends(TrainerCallback):
+        def on_train_end(self, *arguments: Any, **others: Any) -> None:
+            made = {phase: trainer.optimizer for phase, trainer in trainers.items()}
+            moments.append({phase: len(optimizer.state) if optimizer else 0 for phase, optimizer in made.items()})
+
+    def make(model: PreTrainedModel, phase: Phase) -> Trainer:
+        trainers[phase] = descend(tmp_path, optim="adamw_torch")(model, phase)
+        trainers[phase].add_callback(Ends)
+        return trainers[phase]
+
+    fine_tune(Target(), make, count=1)
+    assert moments == [{"dense": 2, "sparse": 0}, {"dense": 0, "sparse": 2}]
+
+
 # --------------------------------------------------------------------------------------------------- masks of their own
 
 
