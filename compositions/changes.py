@@ -11,7 +11,7 @@ from portmanteau.merge import Checkpoint, MergeError, Progress, Survey
 from portmanteau.merge.changes import Change, added, measure
 from portmanteau.merge.dtypes import is_float
 from portmanteau.merge.errors import Mistake, PortmanteauError, some
-from portmanteau.merge.evaluate import Evaluation, Session
+from portmanteau.merge.evaluate import Session, conduct, together
 from portmanteau.merge.names import Place
 from portmanteau.merge.node import Inputs, surveys
 
@@ -130,16 +130,16 @@ class _Measuring:
 
     def __init__(self, session: Session) -> None:
         self._found: dict[Survey, Any] = dict(session.found)
-        self._evaluation = Evaluation(replace(session, found=self._found))
+        self._session = replace(session, found=self._found)
 
     def __call__(self, name: str, met: Met) -> Change:
         for node in met.nodes.values():
             for inner in surveys(node):
                 if inner not in self._found:
-                    self._found[inner] = self._evaluation.survey(inner)
+                    self._found[inner] = conduct(inner, self._session)
         inputs = Inputs((met.nodes["expert"],), met.nodes["base"])
         try:
-            return measure(self._evaluation.together((inputs,)))
+            return measure(together((inputs,), self._session))
         except PortmanteauError as error:
             if error.mistakes[0].where:
                 raise

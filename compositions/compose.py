@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from portmanteau.merge import Composed, MergeError, PortmanteauError, RecipeError
+from portmanteau.merge import Composed, MergeError, PortmanteauError, RecipeError, Surveyed
 from portmanteau.merge.errors import Mistake
 
 from .composition import compositions
@@ -15,7 +15,7 @@ from .reference import Reference, references, replaced
 from .tensorwise import tensorwise
 
 
-def compose(recipe: Recipe) -> Composed:
+def compose(recipe: Recipe) -> Composed | Surveyed:
     """Open the checkpoints and put the result together, from headers alone.
 
     Raises RecipeError with every mistake found: models that cannot be opened, that do not fit, settings they refuse.
@@ -31,7 +31,7 @@ class _Composer:
         self._made: dict[Reference, Any] = {}  # by each kind of reference what that kind opens
         self._under_way: list[str] = []
 
-    def result(self) -> Composed:
+    def result(self) -> Composed | Surveyed:
         """Compose the recipe's result."""
         self._open_all()
         merged = self._composed(self._recipe.merge)
@@ -72,7 +72,7 @@ class _Composer:
                 self._made[reference] = reference.opener(place, revision=meant.revision, label=name)
         return self._made[reference]
 
-    def _step(self, name: str) -> Composed:
+    def _step(self, name: str) -> Composed | Surveyed:
         body = self._recipe.steps[name]
         if name in self._under_way:
             where = self._recipe.document.where(body.path)
@@ -82,14 +82,15 @@ class _Composer:
         self._under_way.pop()
         return made.called(name)
 
-    def _composed(self, body: Body) -> Composed:
+    def _composed(self, body: Body) -> Composed | Surveyed:
         document = self._recipe.document
         arguments = replaced(body.arguments, self._opened)
         try:
-            if body.is_operator:
-                made = tensorwise(body.name, **arguments)
-            else:
-                made = compositions()[body.name].compose(**arguments)
+            made: Composed | Surveyed = (
+                tensorwise(body.name, **arguments)
+                if body.is_operator
+                else compositions()[body.name].compose(**arguments)
+            )
         except MergeError as error:
             raise RecipeError.of(
                 Mistake(document.where((*body.path, *_keys(m.where))), f"{body.name}: {m.what}", m.hint)

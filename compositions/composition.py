@@ -10,9 +10,9 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any, TypeVar
 
-from portmanteau.merge import Composed
+from portmanteau.merge import Composed, Surveyed
 
-F = TypeVar("F", bound=Callable[..., Composed])
+F = TypeVar("F", bound=Callable[..., Composed | Surveyed])
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Composition:
     """A registered composition: the function, its keyword-only parameters with types and defaults, its source."""
 
     name: str
-    compose: Callable[..., Composed]
+    compose: Callable[..., Composed | Surveyed]
     parameters: Mapping[str, tuple[Any, Any]]
     source: str
 

@@ -13,9 +13,9 @@ from portmanteau.merge.adapter import Module
 from portmanteau.merge.companions import INPUT_EMBEDDINGS
 from portmanteau.merge.dtypes import is_float, working
 from portmanteau.merge.errors import Mistake, some
-from portmanteau.merge.low_rank import Change, LowRankStore
+from portmanteau.merge.low_rank import low_rank, rescaled
 from portmanteau.merge.names import align, matches
-from portmanteau.merge.node import Inputs, Node, copy_of
+from portmanteau.merge.node import Inputs, Made, Node, copy_of
 from portmanteau.merge.registry import find
 
 from .composition import composition
@@ -23,6 +23,7 @@ from .matching import HEADS
 
 _WITH_TIED_HEADS = "*ForCausalLM|*LMHead*|*ForMaskedLM|*ForConditionalGeneration"
 _ALONE = "fold it in alone and at weight 1, in a step of its own; a task vector of the result can be weighted"
+_FACTORS = 2  # A and B; DoRA has its magnitudes and the base besides
 _OTHER_BASE = "the adapter was trained on another base: name that one, in the same dtype"
 
 Weight = Annotated[float, Field(allow_inf_nan=False)]
@@ -54,7 +55,7 @@ def lora(
         mistakes.append(Mistake("adapters", "an adapter is named twice", "give it a weight instead"))
     if mistakes:
         raise MergeError.of(mistakes)
-    terms = [_Term(one, LowRankStore(one.adapter, one.changes), float(weights[one.adapter])) for one in fitted]
+    terms = [_Term(one, float(weights[one.adapter])) for one in fitted]
     nodes = {name: _step(base.node(name), spec, terms) for name, spec in base.specs.items()}
     return Composed("lora", nodes, base.companions, tuple(note for one in fitted for note in one.notes))
 
@@ -64,7 +65,7 @@ class _Fitted:
     """One adapter under the names of the base, and what does not fit."""
 
     adapter: Adapter
-    changes: Mapping[str, Change]
+    changes: Mapping[str, Made]
     saved: Mapping[str, str]
     copies: Mapping[str, str]
     mistakes: tuple[Mistake, ...]
@@ -76,7 +77,6 @@ class _Term:
     """One term of the sum."""
 
     fitted: _Fitted
-    store: LowRankStore
     weight: float
 
     def stored(self, name: str) -> Source:
@@ -94,12 +94,13 @@ def _step(node: Node, spec: TensorSpec, terms: Sequence[_Term]) -> Step:
     if not changing:
         return copy_of(node, spec, "base")
     labels = tuple(term.fitted.adapter.label for term in changing)
-    if changing[0].fitted.changes[name].base is not None:
-        return copy_of(changing[0].store.node(name), spec, labels[0])
+    changes = tuple(term.fitted.changes[name] for term in changing)
+    if _rescales(changes[0]):
+        return copy_of(changes[0], spec, labels[0])
     copies = [term.stored(copy) for term in changing if (copy := term.fitted.copies.get(name))]
     if copies:
         node = Step(spec, find("equal"), {"reason": _OTHER_BASE}, Inputs((node, *copies)), ("base", *labels))
-    inputs = Inputs((node, *(term.store.node(name) for term in changing)))
+    inputs = Inputs((node, *changes))
     settings = {"weight": (1.0, *(term.weight for term in changing)), "normalize": False}
     return Step(spec, find("linear"), settings, inputs, ("base", *labels))
 
@@ -116,7 +117,7 @@ def _fitted(adapter: Adapter, base: Checkpoint) -> _Fitted:
     for path, spec in specs.items():
         if spec is not None:
             found = _change(adapter, adapter.modules[path], spec, base.node(spec.name), flag)
-            if isinstance(found, Change):
+            if isinstance(found, Made):
                 changes[spec.name] = found
             else:
                 mistakes.append(found)
@@ -177,7 +178,7 @@ def _ways(adapter: Adapter, module: Module, spec: TensorSpec) -> list[bool]:
     return [way for way, shape in shapes.items() if shape == spec.shape]
 
 
-def _change(adapter: Adapter, module: Module, spec: TensorSpec, node: Node, flag: bool | None) -> Change | Mistake:
+def _change(adapter: Adapter, module: Module, spec: TensorSpec, node: Node, flag: bool | None) -> Made | Mistake:
     """Fit the change of one module to its tensor."""
     a, b = adapter.stored.specs[module.a], adapter.stored.specs[module.b]
     shapes = f"A {list(a.shape)}, B {list(b.shape)}"
@@ -195,18 +196,23 @@ def _change(adapter: Adapter, module: Module, spec: TensorSpec, node: Node, flag
         return _wrong(adapter, f"{spec.name} is square: nothing shows whether it is stored transposed", hint)
     transposed = module.embedding or (ways[0] if len(ways) == 1 else bool(flag))
     dense = replace(spec, dtype=working([spec.dtype, a.dtype, b.dtype]))
+    factors = (adapter.stored.node(module.a), adapter.stored.node(module.b))
     if not module.magnitude:
-        return Change(dense, module, transposed)
-    if transposed or not isinstance(node, Source):
-        reason = "of tensors stored transposed (Conv1D, embeddings)" if transposed else "over a base that is made"
-        hint = "fold it in with peft" if transposed else "build the base first"
-        return _wrong(adapter, f"{spec.name}: DoRA {reason} is not supported", hint)
+        return low_rank(dense, *factors, module.scaling, transposed=transposed)
+    if transposed:
+        what = f"{spec.name}: DoRA of tensors stored transposed (Conv1D, embeddings) is not supported"
+        return _wrong(adapter, what, "fold it in with peft")
     magnitude = adapter.stored.specs[module.magnitude]
     if magnitude.entries != spec.shape[0]:
         return _wrong(
             adapter, f"{spec.name} has {spec.shape[0]} rows, its magnitude vector {magnitude.entries} entries"
         )
-    return Change(dense, module, transposed, node)
+    return rescaled(dense, *factors, module.scaling, adapter.stored.node(module.magnitude), node)
+
+
+def _rescales(change: Made) -> bool:
+    """Tell whether it is the new value of a tensor (DoRA), not something to be added to it."""
+    return len(change.inputs) > _FACTORS
 
 
 def _not_of_its_shape(adapter: Adapter, own: str, spec: TensorSpec | None) -> Iterator[Mistake]:
@@ -234,7 +240,7 @@ def _together(weights: Mapping[Adapter, float], fitted: Sequence[_Fitted]) -> It
         if one.saved and weight != 1:
             what = f"replaces tensors, which cannot be done at weight {weight:g}: {some(one.saved)}"
             yield _wrong(one.adapter, what, _ALONE)
-        if any(change.base is not None for change in one.changes.values()) and (len(fitted) > 1 or weight != 1):
+        if any(map(_rescales, one.changes.values())) and (len(fitted) > 1 or weight != 1):
             how = "beside other adapters" if len(fitted) > 1 else f"at weight {weight:g}"
             yield _wrong(one.adapter, f"is DoRA: it rescales the sum, and is not defined {how}", _ALONE)
     several = [name for name, labels in holders.items() if len(labels) > 1]

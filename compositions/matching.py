@@ -16,6 +16,7 @@ from portmanteau.merge.names import align, matches
 from portmanteau.merge.node import Node
 
 HEADS = "*lm_head.weight|*embed_out.weight|*predictions.decoder.weight|*output_projection.weight"
+TASK_HEADS = "*classifier*|qa_outputs.*|score.*"  # made anew for a task, so initialised by each run's seed
 _KEEP = "unmatched: keep takes such tensors from the first model that has them, unmatched: drop leaves them out"
 
 Unmatched = Annotated[

@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
 
-from portmanteau.merge import Adapter, Checkpoint, open_adapter
+from portmanteau.merge import Adapter, Checkpoint, SparseFineTune, open_adapter, open_sparse
 from portmanteau.merge import open as open_checkpoint
 from portmanteau.merge.hub import is_hub_id
 
@@ -62,7 +62,18 @@ class AdapterReference(Reference):
     opener: ClassVar[Callable[..., Any]] = staticmethod(open_adapter)
 
 
-_KINDS: Mapping[Any, type[Reference]] = {Checkpoint: Reference, Adapter: AdapterReference}
+class SparseReference(Reference):
+    """What stands for a sparse fine-tune in a recipe."""
+
+    may_be_step: ClassVar[bool] = False
+    opener: ClassVar[Callable[..., Any]] = staticmethod(open_sparse)
+
+
+_KINDS: Mapping[Any, type[Reference]] = {
+    Checkpoint: Reference,
+    Adapter: AdapterReference,
+    SparseFineTune: SparseReference,
+}
 
 
 def _numbers_as_numbers(path: str) -> list[str | int]:

@@ -6,11 +6,14 @@ from .checkpoint import Checkpoint
 from .composed import Composed
 from .errors import CheckpointError, MergeError, OutputError, PortmanteauError, RecipeError
 from .execute import Progress, build
+from .in_memory import InMemory
 from .node import Source, Step, Survey
 from .operator import Operator, operator
 from .plan import Plan, make_plan
 from .receipt import Receipt
+from .sparse_file import SparseFineTune, open_sparse
 from .stored import StoredCheckpoint, open
+from .surveyed import Surveyed
 from .tensor_spec import TensorSpec
 
 __all__ = [
@@ -18,6 +21,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "Composed",
+    "InMemory",
     "MergeError",
     "Operator",
     "OutputError",
@@ -27,14 +31,17 @@ __all__ = [
     "Receipt",
     "RecipeError",
     "Source",
+    "SparseFineTune",
     "Step",
     "StoredCheckpoint",
     "Survey",
+    "Surveyed",
     "TensorSpec",
     "build",
     "make_plan",
     "open",
     "open_adapter",
+    "open_sparse",
     "operator",
     "operators",
 ]

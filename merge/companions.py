@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -13,6 +13,7 @@ from typing import Any
 
 from .dtypes import is_float, torch_name
 from .errors import CheckpointError
+from .form import MODEL, Form
 from .names import matches
 from .tensor_spec import TensorSpec
 
@@ -39,10 +40,22 @@ INPUT_EMBEDDINGS = (
 
 @dataclass(frozen=True)
 class Companions:
-    """The config (parsed; None where a folder has none) and the other files, by the name they have in the folder."""
+    """What stands beside the weights, by the name it has in the folder.
+
+    Attributes:
+        config: config.json, parsed; None where a folder has none.
+        files: files that are copied as they are.
+        texts: files that are written: name → text.
+        form: how a result with these companions is laid out.
+        derived: files made of the finished folder: name → function of (the file to write).
+
+    """
 
     config: Mapping[str, Any] | None = None
     files: Mapping[str, Path] = field(default_factory=dict)
+    texts: Mapping[str, str] = field(default_factory=dict)
+    form: Form = MODEL
+    derived: Mapping[str, Callable[[Path], None]] = field(default_factory=dict)
 
     @property
     def tokenizer_files(self) -> dict[str, Path]:
@@ -112,7 +125,7 @@ def _typed(key: str, value: Any, dtype: str) -> Any:
 
 
 def write(companions: Companions, folder: Path, specs: Iterable[TensorSpec]) -> list[str]:
-    """Write config and files beside the weights; give the names written."""
+    """Write config and files beside the weights, which stand there already; give the names written."""
     names = []
     if companions.config is not None:
         text = json.dumps(true_config(companions.config, specs), indent=2, sort_keys=True, ensure_ascii=False)
@@ -122,6 +135,12 @@ def write(companions: Companions, folder: Path, specs: Iterable[TensorSpec]) -> 
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
+        names.append(name)
+    for name, text in companions.texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+        names.append(name)
+    for name, make in companions.derived.items():
+        make(folder / name)
         names.append(name)
     return names
 

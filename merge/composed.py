@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from .checkpoint import Checkpoint
 from .companions import Companions
-from .evaluate import Evaluation, Session
+from .evaluate import Evaluation, Session, conduct
 from .node import Node, Source, Step, Survey, surveys
 from .tensor_spec import TensorSpec
 
@@ -48,11 +48,10 @@ class Composed(Checkpoint):
 
         for survey in surveys(node):
             if survey not in self._found:
-                self._found[survey] = Evaluation(Session(found=self._found)).survey(survey)
+                self._found[survey] = conduct(survey, Session(found=self._found))
         if part is not None:
-            return (
-                Evaluation(Session(keep=0, found=self._found)).apply(node, spec.run(part)).to(torch_dtype(spec.dtype))
-            )
+            evaluation = Evaluation(Session(keep=0, found=self._found))
+            return evaluation.value(node, spec.run(part)).to(torch_dtype(spec.dtype))
         evaluation = Evaluation(Session(found=self._found))
         result = torch.empty(spec.entries, dtype=torch_dtype(spec.dtype))
         for span, values in evaluation.parts(node):

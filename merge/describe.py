@@ -29,7 +29,7 @@ def plan(made: Plan, bytes_in_flight: int) -> dict[str, Any]:
         "steps": steps,
         "surveys": [{"title": survey.title, "bytes": survey.nbytes} for survey in made.surveys],
         "notes": made.notes,
-        "tensors": len(made.steps),
+        "tensors": None if made.pending else len(made.steps),
         "bytes_read": made.bytes_read,
         "bytes_written": made.bytes_written,
         "bytes_in_flight": bytes_in_flight,

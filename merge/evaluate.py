@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .dtypes import byte_size, torch_dtype
 from .errors import MergeError, Mistake, PortmanteauError
-from .node import Finding, Inputs, Node, Source, Step, Survey, sources
+from .node import Finding, Inputs, Made, Node, Source, Step, Survey, sources
 from .operator import Part, Parts, call
 
 if TYPE_CHECKING:
@@ -27,12 +29,14 @@ class Session:
         part: entries in a part; a multiple of GRID.
         keep: a tensor whose inputs take at most so many bytes is held in memory between measuring and applying.
         found: the surveys' results.
+        threads: how many parts a survey may read at once.
 
     """
 
     part: int = LARGEST_PART
     keep: int = 1 << 26
     found: Mapping[Survey, Any] = field(default_factory=dict)
+    threads: int = 1
 
     def spans(self, entries: int) -> Iterator[slice]:
         """Cut a tensor of so many entries into parts."""
@@ -40,28 +44,49 @@ class Session:
 
 
 class Evaluation:
-    """The making of one output tensor: what was measured for it is measured once."""
+    """The making of one output tensor: what was measured for it is measured once, whichever thread asks first."""
 
     def __init__(self, session: Session) -> None:
         """Begin with nothing measured."""
         self._session = session
+        self._lock = threading.RLock()
         self._measured: dict[Step, Any] = {}
+        self._prepared: dict[Made, Any] = {}
         self._kept: dict[Step, list[tuple[Tensor, ...]]] = {}
 
-    def parts(self, step: Step) -> Iterator[tuple[slice, Tensor]]:
+    def parts(self, node: Node) -> Iterator[tuple[slice, Tensor]]:
         """Make the tensor: its parts in order, flat, in the output's dtype."""
-        dtype = torch_dtype(step.output.dtype)
-        for span in self._session.spans(step.output.entries):
-            yield span, self.apply(step, span).to(dtype)
+        dtype = torch_dtype(node.output.dtype)
+        for span in self._session.spans(node.output.entries):
+            yield span, self.value(node, span).to(dtype)
 
-    def _value(self, node: Node, span: slice) -> Tensor:
-        """Make a run of entries: of a stored tensor in its dtype, of a step's result in its working dtype."""
+    def value(self, node: Node, span: slice) -> Tensor:
+        """Make a flat run of entries, in the dtype of a stored or made tensor, in the working one of a step."""
         if isinstance(node, Source):
             return node.checkpoint.read(node.spec.name, span)
-        return self.apply(node, span)
+        return self._made(node, span) if isinstance(node, Made) else self._applied(node, span)
 
-    def apply(self, step: Step, span: slice) -> Tensor:
-        """Carry out one step on a run of entries, in the working dtype."""
+    def _made(self, node: Made, span: slice) -> Tensor:
+        def read(index: int, part: slice | None) -> Tensor:
+            inner = node.inputs[index]
+            return self.value(inner, part) if part is not None else self._whole(inner)
+
+        with self._lock:
+            if node not in self._prepared:
+                self._prepared[node] = node.maker.prepare(read)
+        return node.maker.run(span, read, self._prepared[node])
+
+    def _whole(self, node: Node) -> Tensor:
+        """Make a whole tensor, in its shape, in the dtype that `value` gives."""
+        import torch
+
+        if isinstance(node, Source):
+            return node.checkpoint.read(node.spec.name)
+        spans = [*self._session.spans(node.output.entries)] or [slice(0, 0)]
+        return torch.cat([self.value(node, span) for span in spans]).reshape(node.output.shape)
+
+    def _applied(self, step: Step, span: slice) -> Tensor:
+        """Carry out one step on a run of entries."""
         operator = step.operator
         settings = self._resolved(step.settings)
         streams = tuple(_stream(step.output.name, label) for label in step.labels)
@@ -81,14 +106,22 @@ class Evaluation:
         """Find, once, what the operator must know of the whole tensor."""
         if step.operator.measure is None:
             return None
-        if step not in self._measured:
-            spans = [*self._session.spans(step.output.entries)] or [slice(0, 0)]
-            if self._fits(step.inputs):
-                self._kept[step] = [self._gather(step.inputs, span, deltas=step.operator.on_deltas) for span in spans]
-            begin = lambda: (self._roles(step, self._gathered(step, span)) for span in spans)  # noqa: E731
-            parts = Parts(begin, len(step.inputs.models), step.output.entries)
-            self._measured[step] = call(step.operator.measure, parts, **settings, streams=streams)
+        with self._lock:
+            if step not in self._measured:
+                self._measured[step] = self._measuring(step, settings, streams)
         return self._measured[step]
+
+    def _measuring(self, step: Step, settings: Mapping[str, Any], streams: tuple[int, ...]) -> Any:
+        assert step.operator.measure is not None
+        spans = [*self._session.spans(step.output.entries)] or [slice(0, 0)]
+        if self._fits(step.inputs):
+            self._kept[step] = [self.gather(step.inputs, span, deltas=step.operator.on_deltas) for span in spans]
+        runs = lambda: (partial(self._part, step, span) for span in spans)  # noqa: E731
+        parts = Parts(runs, len(step.inputs.models), step.output.entries)
+        return call(step.operator.measure, parts, **settings, streams=streams)
+
+    def _part(self, step: Step, span: slice) -> tuple[Tensor, ...]:
+        return self._roles(step, self._gathered(step, span))
 
     def _fits(self, inputs: Inputs) -> bool:
         """Tell whether all inputs of a tensor may be held in memory at once."""
@@ -97,43 +130,47 @@ class Evaluation:
 
     def _gathered(self, step: Step, span: slice) -> tuple[Tensor, ...]:
         kept = self._kept.get(step)
-        if kept is not None:
-            index: int = span.start // self._session.part
-            return kept[index]
-        return self._gather(step.inputs, span, deltas=step.operator.on_deltas)
+        index, rest = divmod(span.start, self._session.part)
+        if kept is not None and not rest and kept[index][0].shape[1] == span.stop - span.start:
+            run: tuple[Tensor, ...] = kept[index]
+            return run
+        return self.gather(step.inputs, span, deltas=step.operator.on_deltas)
 
-    def _gather(self, inputs: Inputs, span: slice, *, deltas: bool) -> tuple[Tensor, ...]:
+    def gather(self, inputs: Inputs, span: slice, *, deltas: bool) -> tuple[Tensor, ...]:
         """Read a run of all models, stacked [n, run], as deltas if asked, and of the base, if there is one, [run]."""
         import torch
 
         dtype = torch_dtype(inputs.dtype)
         models = torch.empty((len(inputs.models), span.stop - span.start), dtype=dtype)
         for row, node in zip(models, inputs.models, strict=True):
-            row.copy_(self._value(node, span))
+            row.copy_(self.value(node, span))
         if inputs.base is None:
             return (models,)
-        base = self._value(inputs.base, span).to(dtype)
+        base = self.value(inputs.base, span).to(dtype)
         return (models.sub_(base) if deltas else models), base
 
     def _resolved(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         found = self._session.found
         return {k: found[v.survey][v.key] if isinstance(v, Finding) else v for k, v in settings.items()}
 
-    def survey(self, survey: Survey) -> Any:
-        """Carry out a survey: go through all its tensors, part by part."""
-        groups = {key: self.together(group) for key, group in survey.groups.items()}
-        return survey.measure(groups, **survey.settings)
 
-    def together(self, group: tuple[Inputs, ...]) -> Parts:
-        """Give the parts of several tensors, one after the other."""
+def conduct(survey: Survey, session: Session) -> Any:
+    """Carry out a survey: go through all its tensors, part by part."""
+    groups = {key: together(group, session) for key, group in survey.groups.items()}
+    return survey.measure(groups, **survey.settings)
 
-        def parts() -> Iterator[tuple[Tensor, ...]]:
-            for inputs in group:
-                for span in self._session.spans(next(iter(inputs)).output.entries):
-                    yield self._gather(inputs, span, deltas=inputs.base is not None)
 
-        entries = sum(next(iter(inputs)).output.entries for inputs in group)
-        return Parts(parts, len(group[0].models), entries)
+def together(group: tuple[Inputs, ...], session: Session) -> Parts:
+    """Give the parts of several tensors, one after the other, as deltas where there is a base."""
+
+    def runs() -> Iterator[Callable[[], tuple[Tensor, ...]]]:
+        for inputs in group:
+            gather = partial(Evaluation(session).gather, inputs, deltas=inputs.base is not None)
+            for span in session.spans(next(iter(inputs)).output.entries):
+                yield partial(gather, span)
+
+    entries = sum(next(iter(inputs)).output.entries for inputs in group)
+    return Parts(runs, len(group[0].models), entries, session.threads)
 
 
 def _stream(tensor: str, label: str) -> int:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import blake3
 
@@ -18,8 +18,8 @@ from . import companions, model_card
 from .checkpoint import Checkpoint
 from .dtypes import parse
 from .errors import OutputError
-from .evaluate import GRID, LARGEST_PART, Evaluation, Session
-from .node import Source, Step
+from .evaluate import GRID, LARGEST_PART, Evaluation, Session, conduct
+from .node import Inputs, Made, Node, Source, Step, Survey
 from .output import check_place, published
 from .plan import Plan, make_plan
 from .receipt import Done, Receipt, make_receipt
@@ -60,28 +60,48 @@ class Limits:
 
     def session(self, plan: Plan) -> tuple[int, Session]:
         """Choose the size of parts and how many threads the memory allows. OutputError where it is too small."""
-        entry = max((_entry_bytes(step) for step in plan.steps), default=4)
+        surveyed = (inputs for survey in plan.surveys for group in survey.groups.values() for inputs in group)
+        entry = max(4, *map(_entry_bytes, plan.steps), *map(_gathered_bytes, surveyed))
         if entry * GRID > self.memory:
             needed = readable(entry * GRID)
             raise OutputError("--memory", f"{readable(self.memory)} is too small: this plan needs {needed}")
         threads = max(1, min(self.threads, self.memory // (entry * GRID)))
         share = self.memory // threads
         part = max(GRID, min(LARGEST_PART, share // 2 // entry // GRID * GRID))
-        return threads, Session(part, keep=share // 2)
+        return threads, Session(part, keep=share // 2, threads=threads)
 
     def in_flight(self, plan: Plan) -> int:
         """Estimate the most bytes that a build holds at once, beside what torch itself takes."""
         threads, session = self.session(plan)
         largest = max((_entry_bytes(step) * min(session.part, step.output.entries) for step in plan.steps), default=0)
+        if plan.pending:
+            groups = plan.pending.survey.groups.values()
+            largest = session.part * max((_gathered_bytes(inputs) for group in groups for inputs in group), default=0)
         kept = session.keep if any(step.operator.measure for step in plan.steps) else 0
-        return threads * (largest + kept)
+        return threads * (largest + kept + max((_held(step) for step in plan.steps), default=0))
 
 
-def _entry_bytes(step: Step) -> int:
+def _entry_bytes(node: Node) -> int:
     """Count the bytes in flight for one entry of an output, inner steps included."""
-    inner = sum(_entry_bytes(node) for node in step.inputs if isinstance(node, Step))
-    own = sum(1 for _ in step.inputs) + 1
-    return own * (1 + _SCRATCH // 2) * (8 if step.inputs.dtype in ("F64", "I64", "U64") else 4) + inner
+    if isinstance(node, Source):
+        return 0
+    inner = sum(map(_entry_bytes, node.inputs))
+    if isinstance(node, Made):
+        return inner
+    return _gathered_bytes(node.inputs) + inner
+
+
+def _gathered_bytes(inputs: Inputs) -> int:
+    """Count the bytes in flight for one entry of tensors that meet, and what is made of them."""
+    count = sum(1 for _ in inputs) + 1
+    return count * (1 + _SCRATCH // 2) * (8 if inputs.dtype in ("F64", "I64", "U64") else 4)
+
+
+def _held(node: Node) -> int:
+    """Count the bytes that makers hold beside the parts."""
+    if isinstance(node, Source):
+        return 0
+    return (node.held if isinstance(node, Made) else 0) + sum(map(_held, node.inputs))
 
 
 def build(
@@ -117,32 +137,46 @@ def build(
     limits = Limits.of(threads, memory)
     limits.session(plan)  # a budget that is too small is refused here
     with published(out) as folder:
-        writer = Writer(folder, (step.output for step in plan.steps), shard_size)
+        found = surveyed(plan, limits, progress or Progress())
+        plan = plan.settled(found)
+        writer = Writer(folder, (step.output for step in plan.steps), shard_size, checkpoint.companions.form)
         try:
-            done = carry_out(plan, writer, limits, progress or Progress())
+            digests = carry_out(plan, found, writer, limits, progress or Progress())
             writer.finish()
         finally:
             writer.close()
         companions.write(checkpoint.companions, folder, [step.output for step in plan.steps])
-        (folder / "README.md").write_text(model_card.text(plan, recipe), encoding="utf-8")
-        receipt = make_receipt(plan, done, recipe, time.monotonic() - begun)
+        (folder / "README.md").write_text(model_card.text(plan, recipe, checkpoint.companions.form), encoding="utf-8")
+        receipt = make_receipt(plan, Done(digests, found), recipe, time.monotonic() - begun)
         receipt.write(folder)
     return receipt
 
 
-def carry_out(plan: Plan, writer: Writer, limits: Limits, progress: Progress) -> Done:
-    """Make every tensor of a plan and write it; give the BLAKE3 digest of each, and what the surveys found."""
-    threads, session = limits.session(plan)
-    with _pool(threads, plan) as run:
-        if plan.surveys:
-            progress.begin("survey", sum(survey.nbytes for survey in plan.surveys), len(plan.surveys))
-            for survey in plan.surveys:  # in order: one may need what an earlier one found
-                session = replace(session, found={**session.found, survey: Evaluation(session).survey(survey)})
+def surveyed(plan: Plan, limits: Limits, progress: Progress) -> dict[Survey, Any]:
+    """Carry out the surveys of a plan, inner ones first; give what they found."""
+    found: dict[Survey, Any] = {}
+    if plan.surveys:
+        _, session = limits.session(plan)
+        progress.begin("survey", sum(survey.nbytes for survey in plan.surveys), len(plan.surveys))
+        with _one_torch_thread():
+            for survey in plan.surveys:
+                found[survey] = conduct(survey, replace(session, found=found))
                 progress.advance(survey.nbytes, 1)
+    return found
+
+
+def carry_out(
+    plan: Plan, found: Mapping[Survey, Any], writer: Writer, limits: Limits, progress: Progress
+) -> dict[str, str]:
+    """Make every tensor of a plan and write it; give the BLAKE3 digest of each."""
+    threads, session = limits.session(plan)
+    session = replace(session, found=found)
+    copies = all(is_byte_copy(step) for step in plan.steps)  # then torch is not even imported
+    with nullcontext() if copies else _one_torch_thread(), _pool(threads) as run:
         progress.begin("merge", plan.bytes_written, len(plan.steps))
         checks_first = sorted(plan.steps, key=lambda step: (step.operator.name != "equal", -step.output.nbytes))
         digests = run((_Making(step, session, writer, progress) for step in checks_first), len(plan.steps))
-    return Done({step.output.name: digests[step.output.name] for step in plan.steps}, session.found)
+    return {step.output.name: digests[step.output.name] for step in plan.steps}
 
 
 @dataclass(frozen=True)
@@ -187,7 +221,7 @@ def is_byte_copy(step: Step) -> bool:
     """Tell whether a step only carries stored bytes over."""
     source = step.inputs.models[0]
     same = step.output.dtype == source.output.dtype
-    return step.operator.name == "copy" and same and isinstance(source, Source) and source.is_stored
+    return step.operator.name == "copy" and same and isinstance(source, Source)
 
 
 def _raw(values: Tensor) -> memoryview:
@@ -201,10 +235,10 @@ Run = Callable[[Iterable[_Making], int], dict[str, str]]
 
 
 @contextmanager
-def _pool(threads: int, plan: Plan) -> Iterator[Run]:
+def _pool(threads: int) -> Iterator[Run]:
     """Give a way to run work on threads: the first error, or an interrupt, ends it soon."""
     stop = threading.Event()
-    with _one_torch_thread(plan), ThreadPoolExecutor(threads, "merge") as pool:
+    with ThreadPoolExecutor(threads, "merge") as pool:
 
         def run(work: Iterable[_Making], count: int) -> dict[str, str]:
             futures: list[Future[tuple[str, str]]] = [pool.submit(making, stop.is_set) for making in work]
@@ -223,11 +257,8 @@ def _pool(threads: int, plan: Plan) -> Iterator[Run]:
 
 
 @contextmanager
-def _one_torch_thread(plan: Plan) -> Iterator[None]:
-    """Let torch use one thread for each of ours. Where bytes are only copied, torch is not even imported."""
-    if all(is_byte_copy(step) for step in plan.steps) and not plan.surveys:
-        yield
-        return
+def _one_torch_thread() -> Iterator[None]:
+    """Let torch use one thread for each of ours."""
     import torch
 
     before = torch.get_num_threads()

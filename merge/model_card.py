@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import yaml
 
+from .form import MODEL, Form
 from .plan import Plan
 from .receipt import choices
 
 
-def text(plan: Plan, recipe: str | None) -> str:
+def text(plan: Plan, recipe: str | None, form: Form = MODEL) -> str:
     """Write the card in Markdown, with the YAML front matter that the Hub reads."""
     labels = [checkpoint.label for checkpoint in plan.checkpoints]
     parents = list(dict.fromkeys(checkpoint.repository for checkpoint in plan.checkpoints if checkpoint.repository))
     front = {
         **({"base_model": parents} if parents else {}),
-        "library_name": "transformers",
+        "library_name": form.library,
         "tags": ["merge", "portmanteau"],
     }
     lines = [
@@ -22,7 +23,7 @@ def text(plan: Plan, recipe: str | None) -> str:
         yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(),
         "---",
         "",
-        "# A merged model",
+        f"# {form.title}",
         "",
     ]
     lines += ["Built by portmanteau, without training, from:", "", *(f"- `{label}`" for label in labels), ""]

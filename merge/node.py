@@ -1,8 +1,8 @@
-"""How one tensor is made: read from a store, or by an operator from others."""
+"""How one tensor is made: read from a file, by an operator from others, or by a maker from whole others."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Origin(Protocol):
-    """A checkpoint on disk that a store reads: what plans, cards and receipts say of it."""
+class Store(Protocol):
+    """What holds tensors on disk: what plans, cards and receipts say of it, and its bytes."""
 
     label: str
     revision: str | None
@@ -26,23 +26,11 @@ class Origin(Protocol):
     def files(self) -> Sequence[Any]:
         """Its weight files, each with a path and a digest of its header."""
 
-
-class Store(Protocol):
-    """What holds tensors on disk, or makes them of what does."""
-
-    label: str
-
     def read(self, name: str, part: slice | None = None) -> Tensor:
         """Read a tensor, or a flat run of its entries."""
 
     def read_into(self, name: str, buffer: memoryview, at: int = 0) -> None:
         """Fill a buffer with a tensor's stored bytes, from its byte `at` on."""
-
-    def origins(self, name: str) -> tuple[Origin, ...]:
-        """Give the checkpoints on disk that a tensor comes from."""
-
-    def stored_bytes(self, name: str) -> int:
-        """Count the bytes that reading a tensor takes from the disk."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -57,22 +45,6 @@ class Source:
         """What reading it gives."""
         return self.spec
 
-    @property
-    def origins(self) -> tuple[Origin, ...]:
-        """The checkpoints on disk that it comes from."""
-        return self.checkpoint.origins(self.spec.name)
-
-    @property
-    def is_stored(self) -> bool:
-        """Tell whether its bytes are on disk as they are."""
-        origins: tuple[object, ...] = self.origins
-        return origins == (self.checkpoint,)
-
-    @property
-    def stored_bytes(self) -> int:
-        """The bytes that reading it takes from the disk."""
-        return self.checkpoint.stored_bytes(self.spec.name)
-
     def __str__(self) -> str:
         """Checkpoint and tensor, as plans show them."""
         return f"{self.checkpoint.label}:{self.spec.name}"
@@ -82,10 +54,10 @@ class Source:
 class Inputs:
     """The tensors that meet in one operation: those of the models, in order, and the base's where there is one."""
 
-    models: tuple[Source | Step, ...]
-    base: Source | Step | None = None
+    models: tuple[Node, ...]
+    base: Node | None = None
 
-    def __iter__(self) -> Iterator[Source | Step]:
+    def __iter__(self) -> Iterator[Node]:
         """Go through the models', then the base's."""
         yield from self.models
         if self.base is not None:
@@ -116,14 +88,14 @@ class Survey:
     groups: Mapping[Any, tuple[Inputs, ...]]
     settings: Mapping[str, Any] = field(default_factory=dict)
 
-    def __iter__(self) -> Iterator[Source | Step]:
+    def __iter__(self) -> Iterator[Node]:
         """Go through all nodes that it reads."""
         return (node for group in self.groups.values() for inputs in group for node in inputs)
 
     @property
     def nbytes(self) -> int:
         """The bytes that it reads."""
-        return sum(source.stored_bytes for node in self for source in sources(node))
+        return sum(source.spec.nbytes for node in self for source in sources(node))
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +136,38 @@ class Step:
         assert all(node.output.shape == self.output.shape for node in self.inputs), self.output.name
 
 
-Node = Source | Step
+Read = Callable[[int, slice | None], "Tensor"]  # of the input of this number: a flat run, or all of it in its shape
+
+
+class Maker(Protocol):
+    """Makes a tensor of others that it must see whole: a low-rank product, a selection of entries."""
+
+    def prepare(self, read: Read) -> Any:
+        """Find what must be known before any run of entries is made; it is kept until the tensor is done."""
+
+    def run(self, span: slice, read: Read, prepared: Any) -> Tensor:
+        """Make a flat run of entries [span.stop - span.start]. The same bits, wherever runs begin."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Made:
+    """A tensor made of others of any shapes.
+
+    Attributes:
+        output: name, dtype and shape of the result.
+        maker: what makes it.
+        inputs: the tensors that it is made of.
+        held: bytes that the maker holds at once beside a part.
+
+    """
+
+    output: TensorSpec
+    maker: Maker
+    inputs: tuple[Node, ...]
+    held: int = 0
+
+
+Node = Source | Made | Step
 
 
 def copy_of(node: Node, output: TensorSpec, label: str, why: str = "") -> Step:
@@ -183,9 +186,10 @@ def sources(node: Node) -> Iterator[Source]:
 
 def steps(node: Node) -> Iterator[Step]:
     """Go through the steps that make a node: its own, and before it those inside."""
-    if isinstance(node, Step):
+    if not isinstance(node, Source):
         for inner in node.inputs:
             yield from steps(inner)
+    if isinstance(node, Step):
         yield node
 
 
@@ -196,5 +200,6 @@ def surveys(node: Node) -> Iterator[Survey]:
             if isinstance(value, Finding):
                 yield from (found for inner in value.survey for found in surveys(inner))
                 yield value.survey
+    if not isinstance(node, Source):
         for inner in node.inputs:
             yield from surveys(inner)

@@ -15,7 +15,9 @@ from __future__ import annotations
 import inspect
 import types
 import typing
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Union
@@ -42,24 +44,48 @@ class Parts:
     """The positional tensors of an operator, part by part, as a measure goes through them: as often as it needs.
 
     Attributes:
-        begin: gives the parts anew.
+        runs: gives anew, part by part, what reads it.
         models: how many models there are.
         entries: how many entries all parts of one model have together.
+        threads: how many parts `map` may read and work on at once.
 
     """
 
-    begin: Callable[[], Iterator[tuple[Tensor, ...]]]
+    runs: Callable[[], Iterable[Callable[[], tuple[Tensor, ...]]]]
     models: int
     entries: int
+    threads: int = 1
 
     @classmethod
     def whole(cls, *tensors: Tensor) -> Parts:
         """Make one part of whole tensors, the first of them stacked [n, *shape]."""
-        return cls(lambda: iter([tensors]), len(tensors[0]), tensors[0][0].numel())
+        return cls(lambda: [lambda: tensors], len(tensors[0]), tensors[0][0].numel())
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         """Go through the parts."""
-        return self.begin()
+        return (run() for run in self.runs())
+
+    def map(self, function: Callable[..., T]) -> Iterator[T]:
+        """Give function(*part) for every part, in order; it is called on several threads, a few parts ahead."""
+        return mapped(function, self.runs(), self.threads)
+
+
+def mapped(function: Callable[..., T], runs: Iterable[Callable[[], tuple[Tensor, ...]]], threads: int) -> Iterator[T]:
+    """Give function(*run()) for every run, in order, worked on by so many threads, a few runs ahead."""
+    if threads == 1:
+        yield from (function(*run()) for run in runs)
+        return
+    with ThreadPoolExecutor(threads, "survey") as pool:
+        ahead: deque[Future[T]] = deque()
+        try:
+            for run in runs:
+                ahead.append(pool.submit(lambda run: function(*run()), run))
+                if len(ahead) > 2 * threads:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from .checkpoint import Checkpoint
 from .dtypes import is_float
 from .errors import MergeError, Mistake
-from .node import Finding, Node, Origin, Step, Survey, copy_of, sources, surveys
+from .node import Finding, Node, Source, Step, Store, Survey, copy_of, sources, surveys
+from .surveyed import Surveyed
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A plan whose steps only a survey can tell.
+
+    Attributes:
+        survey: what must be found.
+        most: the most bytes that the steps will write.
+        settle: makes the plan of what was found.
+
+    """
+
+    survey: Survey
+    most: int
+    settle: Callable[[Any], Plan]
 
 
 @dataclass(frozen=True)
@@ -18,29 +36,41 @@ class Plan:
 
     steps: tuple[Step, ...]
     notes: tuple[str, ...] = ()
+    pending: Pending | None = None
+
+    def settled(self, found: Mapping[Survey, Any]) -> Plan:
+        """Give the plan with all its steps, once the surveys are carried out."""
+        return self.pending.settle(found[self.pending.survey]) if self.pending else self
 
     @cached_property
     def surveys(self) -> tuple[Survey, ...]:
         """The passes that come before the steps, each once, inner ones first."""
-        return tuple(dict.fromkeys(survey for step in self.steps for survey in surveys(step)))
+        found = [survey for step in self.steps for survey in surveys(step)]
+        if self.pending:
+            found += [survey for node in self.pending.survey for survey in surveys(node)]
+            found.append(self.pending.survey)
+        return tuple(dict.fromkeys(found))
 
     @cached_property
-    def checkpoints(self) -> tuple[Origin, ...]:
-        """The stored checkpoints that are read, in the order of their first use."""
+    def sources(self) -> tuple[Source, ...]:
+        """The stored tensors that are read, as often as they are read."""
         found = [source for step in self.steps for source in sources(step)]
-        found += [source for survey in self.surveys for node in survey for source in sources(node)]
-        return tuple(dict.fromkeys(origin for source in found for origin in source.origins))
+        return (*found, *(source for survey in self.surveys for node in survey for source in sources(node)))
+
+    @cached_property
+    def checkpoints(self) -> tuple[Store, ...]:
+        """The stored checkpoints that are read, in the order of their first use."""
+        return tuple(dict.fromkeys(source.checkpoint for source in self.sources))
 
     @property
     def bytes_read(self) -> int:
         """Bytes of all inputs of all steps and surveys. What an operator measures in a large tensor is read again."""
-        steps = sum(source.stored_bytes for step in self.steps for source in sources(step))
-        return steps + sum(survey.nbytes for survey in self.surveys)
+        return sum(source.spec.nbytes for source in self.sources)
 
     @property
     def bytes_written(self) -> int:
-        """Bytes of all output tensors."""
-        return sum(step.output.nbytes for step in self.steps)
+        """Bytes of all output tensors; where a survey must settle them, the most that they can be."""
+        return sum(step.output.nbytes for step in self.steps) + (self.pending.most if self.pending else 0)
 
 
 def make_plan(checkpoint: Checkpoint, dtype: str | None = None) -> Plan:
@@ -48,6 +78,13 @@ def make_plan(checkpoint: Checkpoint, dtype: str | None = None) -> Plan:
 
     Raises MergeError for settings that an operator refuses, all of them at once.
     """
+    if isinstance(checkpoint, Surveyed):
+
+        def settle(found: Any) -> Plan:
+            return replace(make_plan(checkpoint.settle(found), dtype), notes=checkpoint.notes)
+
+        pending = Pending(checkpoint.survey, checkpoint.most, settle)
+        return Plan((), checkpoint.notes, pending)
     steps = []
     for name, spec in checkpoint.specs.items():
         node = checkpoint.node(name)
@@ -68,5 +105,6 @@ def _refusals(node: Node) -> Iterator[Mistake]:
         reason = node.operator.refuses(len(node.inputs.models), known)
         if reason:
             yield Mistake(node.why, f"{node.operator.name}: {reason}", f"first seen at tensor {node.output.name}")
+    if not isinstance(node, Source):
         for inner in node.inputs:
             yield from _refusals(inner)

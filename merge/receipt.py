@@ -12,7 +12,7 @@ from typing import Any
 
 import blake3
 
-from .node import Finding, Origin, Survey, steps
+from .node import Finding, Store, Survey, steps
 from .plan import Plan
 
 RECEIPT = "portmanteau.json"
@@ -71,7 +71,8 @@ def make_receipt(plan: Plan, done: Done, recipe: str | None, seconds: float) -> 
 
 
 def _plain(value: Any) -> Any:
-    """Make the keys of a mapping text, as JSON has them."""
+    """Make a mapping's keys text, as JSON has them; of what has a summary take that."""
+    value = getattr(value, "summary", value)
     return {str(key): one for key, one in value.items()} if isinstance(value, Mapping) else value
 
 
@@ -92,7 +93,7 @@ def choices(plan: Plan) -> tuple[dict[str, Any], ...]:
     return tuple(groups.values())
 
 
-def _input(checkpoint: Origin) -> dict[str, Any]:
+def _input(checkpoint: Store) -> dict[str, Any]:
     files = []
     for file in checkpoint.files:
         status = file.path.stat()

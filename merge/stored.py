@@ -92,14 +92,6 @@ class StoredCheckpoint(Checkpoint):
         """Fill a buffer with the tensor's stored bytes, from its byte `at` on."""
         self._file[name].read_into(name, buffer, at)
 
-    def origins(self, name: str) -> tuple[StoredCheckpoint, ...]:
-        """Give itself: every tensor is its own."""
-        return (self,)
-
-    def stored_bytes(self, name: str) -> int:
-        """Count the bytes of a tensor."""
-        return self.specs[name].nbytes
-
 
 def open(reference: str | Path, *, revision: str | None = None, label: str | None = None) -> StoredCheckpoint:
     """Open a folder, a `.safetensors` or `.bin` file, or a Hub id `ORG/NAME[@REVISION]`, by its headers alone.

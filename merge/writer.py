@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .dtypes import DTYPES
+from .form import MODEL, Form
 from .storage import PositionalFile
 from .tensor_spec import TensorSpec
 
-WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_METADATA = {"format": "pt"}
 _ALIGNMENT = 8
 
 
@@ -27,24 +26,27 @@ class Shard:
     size: int
 
 
-def layout(specs: Iterable[TensorSpec], shard_size: int) -> tuple[Shard, ...]:
-    """Lay tensors out, in order, in shards of at most `shard_size` bytes; a larger tensor gets one of its own."""
+def layout(specs: Iterable[TensorSpec], shard_size: int, form: Form = MODEL) -> tuple[Shard, ...]:
+    """Lay tensors out, in order, in shards of at most `shard_size` bytes; a larger tensor gets one of its own.
+
+    What is no model has one file, whatever its size.
+    """
     groups: list[list[TensorSpec]] = [[]]
     filled = 0
     for spec in specs:
-        if groups[-1] and filled + spec.nbytes > shard_size:
+        if form.is_model and groups[-1] and filled + spec.nbytes > shard_size:
             groups.append([])
             filled = 0
         groups[-1].append(spec)
         filled += spec.nbytes
     count = len(groups)
-    names = [WHOLE] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
-    return tuple(_shard(name, group) for name, group in zip(names, groups, strict=True))
+    names = [form.weights] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+    return tuple(_shard(name, group, form.metadata) for name, group in zip(names, groups, strict=True))
 
 
-def _shard(file: str, specs: list[TensorSpec]) -> Shard:
+def _shard(file: str, specs: list[TensorSpec], metadata: Mapping[str, str]) -> Shard:
     """Lay out one file: wider dtypes first, so that every tensor is aligned to its entries."""
-    header: dict[str, object] = {"__metadata__": _METADATA}
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
     starts: dict[str, int] = {}
     end = 0
     for spec in sorted(specs, key=lambda spec: -DTYPES[spec.dtype].bits):
@@ -61,10 +63,10 @@ def _shard(file: str, specs: list[TensorSpec]) -> Shard:
 class Writer:
     """The weight files of one output folder: preallocated, then filled."""
 
-    def __init__(self, folder: Path, specs: Iterable[TensorSpec], shard_size: int) -> None:
+    def __init__(self, folder: Path, specs: Iterable[TensorSpec], shard_size: int, form: Form = MODEL) -> None:
         """Make the files at their full size, with their headers. OSError where the disk is full."""
         self._folder = folder
-        self.shards = layout(specs, shard_size)
+        self.shards = layout(specs, shard_size, form)
         self._place: dict[str, tuple[PositionalFile, int]] = {}
         self._files = []
         for shard in self.shards:

@@ -121,8 +121,11 @@ def test_show_lists_everything_and_explains_one(tmp_path: Path) -> None:
     names = [row["name"] for row in json.loads(run("show", "--json").stdout)]
     assert names == [
         "average",
+        "extract_sparse",
         "layer_swap",
         "lora",
+        "revert_sparse",
+        "sparse_fine_tune",
         "copy",
         "dare",
         "equal",

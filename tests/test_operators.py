@@ -217,7 +217,7 @@ def test_any_run_of_entries_gives_the_bits_of_the_whole(operator: Operator) -> N
     for chosen in variants(operator):
         step = step_of(operator, models, base, chosen)
         whole = made(step, Session())
-        run = Evaluation(Session(1 << 16, keep=0)).apply(step, slice(65_001, 65_901))
+        run = Evaluation(Session(1 << 16, keep=0)).value(step, slice(65_001, 65_901))
         assert_same_bits(run, whole[65_001:65_901])
 
 
