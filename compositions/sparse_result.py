@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from portmanteau.merge import Checkpoint, MergeError
+from portmanteau.merge import Checkpoint, MergeError, StoredCheckpoint, build
 from portmanteau.merge.errors import Mistake
+from portmanteau.merge.fingerprint import fingerprint
 from portmanteau.merge.names import align
+from portmanteau.merge.sparse_file import in_memory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,6 +82,19 @@ class SparseFineTuning:
             mask.view(-1)[entries.indices] = True
             masks[name] = mask
         return masks
+
+    def save(self, folder: str | Path, base: StoredCheckpoint) -> None:
+        """Write it to a new folder, as a sparse fine-tune of the base that a recipe can compose.
+
+        Raises MergeError where the base does not hold a parameter, CheckpointError and OutputError as `build` does.
+        """
+        names = names_in(base, self.shapes)
+        sparse = {
+            names[name]: (found.indices, found.delta) for name, found in self.entries.items() if len(found.indices)
+        }
+        shapes = {names[name]: shape for name, shape in self.shapes.items()}
+        made = in_memory(str(folder), sparse, shapes, self.dense, fingerprint(base), self.details)
+        build(made.stored, Path(folder))
 
 
 def names_in(base: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:

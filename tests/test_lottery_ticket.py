@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import BertForSequenceClassification, PreTrainedConfig, PreTrainedModel, Trainer, TrainerCallback
 
-from portmanteau import merge
+from portmanteau import compositions, merge
 from portmanteau.compositions.lottery_ticket import Phase, fine_tune
 from portmanteau.compositions.masks import masked, select
 from portmanteau.compositions.sparse_result import SparseFineTuning, names_in
@@ -462,3 +464,35 @@ def test_the_base_may_spell_the_names_without_the_models_prefix(tmp_path: Path) 
     shapes = {name: tuple(p.shape) for name, p in bert.named_parameters() if name.startswith("bert.")}
     names = names_in(base, shapes)
     assert names == {name: name.removeprefix("bert.") for name in shapes}
+
+
+# --------------------------------------------------------------------------------------------------------------- saving
+
+
+def test_what_is_saved_is_added_to_the_base_as_it_was_trained(tmp_path: Path, save_llama: SaveLlama) -> None:
+    base = merge.open(save_llama("base", num_hidden_layers=2))
+    model = base.to_model()
+    text = torch.randint(3, 40, (24, 8), generator=torch.Generator().manual_seed(0))
+
+    def make(model: PreTrainedModel, phase: Phase) -> Trainer:
+        given = replace(arguments(PLAIN, phase, tmp_path), max_steps=2)
+        return Trainer(model=model, args=given, train_dataset=[{"input_ids": t, "labels": t} for t in text])
+
+    fine_tune(model, make, count=50, freeze=["*norm*"], base=base).save(tmp_path / "tuned", base)
+    tuned = merge.open_sparse(tmp_path / "tuned")
+    assert (tuned.count, tuned.dense, tuned.details["method"]) == (50, ("lm_head.weight",), "LT-SFT")
+    composed = compositions.sparse_fine_tune(base=base, diffs=[tuned])
+    for name, parameter in model.named_parameters():  # base + (final − base) may be off by a rounding
+        torch.testing.assert_close(composed[name], parameter.detach(), rtol=0, atol=1e-7)
+        still = parameter.detach() == base[name]
+        assert torch.equal(composed[name][still], base[name][still])
+
+
+def test_the_example_trains_both_sparse_fine_tunes(tmp_path: Path) -> None:
+    script = Path(__file__).parents[1] / "examples" / "train_sparse.py"
+    command = [sys.executable, str(script), str(tmp_path), "--quick"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert [line.partition(":")[0] for line in done.stdout.splitlines()] == ["task", "language"]
+    tuned = [merge.open_sparse(tmp_path / name) for name in ("task", "language")]
+    assert [one.count for one in tuned] == [26465, 26465]  # 0.08 of 330,816
+    assert [one.dense for one in tuned] == [(), ()]
