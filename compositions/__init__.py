@@ -1,5 +1,6 @@
 """Which tensors meet: compositions take checkpoints and give a checkpoint, nothing read until it is asked for."""
 
+from . import lottery_ticket
 from .average import Exponential, accumulative_averages, average
 from .average_adapters import average_adapters
 from .changes import Changes, changes
@@ -49,6 +50,7 @@ __all__ = [
     "layer_swap",
     "load",
     "lora",
+    "lottery_ticket",
     "measured_by",
     "overlaps",
     "partition_turns",
