@@ -298,6 +298,17 @@ def test_taking_out_restores_the_bytes_of_the_base(pair: tuple[Path, Path], tmp_
 # files
 
 
+def test_a_published_diff_applied_is_what_composable_sft_makes_of_it() -> None:
+    """The files are composable-sft's: see tests/oracles/composable_sft.py for the command that made them."""
+    fixtures = Path(__file__).parent / "oracles" / "fixtures" / "pytorch_diff"
+    base, sft = merge.open(fixtures / "base.safetensors"), merge.open_sparse(fixtures)
+    for file, dense in (("applied", True), ("applied_without_abs", False)):
+        found = compositions.sparse_fine_tune(base=base, diffs=[sft], dense=dense)
+        expected = load_file(fixtures / f"{file}.safetensors")
+        assert {name: found[name].tolist() for name in expected} == {n: t.tolist() for n, t in expected.items()}
+    assert {len(shape) for shape in sft.shapes.values()} == {1, 2}
+
+
 def test_positions_in_the_published_form_run_down_the_columns(tmp_path: Path) -> None:
     diff = {"size": torch.Size([3, 4]), "index_steps": [np.int64(2), 1, 7], "values": torch.tensor([1.0, 2.0, 3.0])}
     torch.save({"diffs": {"a.w": diff}, "abs": {"head": torch.ones(2)}}, tmp_path / "pytorch_diff.bin")
