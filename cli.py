@@ -155,14 +155,14 @@ def inspect(
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Show the tensors, sizes, layers and dtypes of a checkpoint or a bottleneck adapter, from its headers."""
+    """Show the tensors, sizes, layers and dtypes of a checkpoint, a bottleneck adapter or a sparse fine-tune."""
     found = describe.reference(checkpoint, tensors=tensors)
     if as_json:
         _print_json(found)
         return
     typer.echo(f"{checkpoint}: {found['tensors']} tensors, {found['entries']:,} entries, {readable(found['bytes'])}")
-    for adapter in found.get("adapters", ()):
-        typer.echo("; ".join(f"{key.replace('_', ' ')}: {value}" for key, value in adapter.items()))
+    for about in found.get("about", ()):
+        typer.echo("; ".join(f"{key.replace('_', ' ')}: {value}" for key, value in about.items()))
     groups = [(r["where"], r["layers"], str(r["tensors"]), readable(r["bytes"]), r["dtypes"]) for r in found["groups"]]
     _table(("where", "layers", "tensors", "bytes", "dtypes"), groups)
     if tensors:

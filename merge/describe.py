@@ -7,6 +7,7 @@ from typing import Any
 
 from .checkpoint import Checkpoint
 from .describe_bottleneck import adapters, is_bottleneck
+from .describe_sparse import is_sparse, sparse_fine_tune
 from .names import Stack
 from .plan import Plan
 from .receipt import choices
@@ -47,12 +48,14 @@ def _short(value: object) -> str:
 
 
 def reference(where: str, *, tensors: bool = False) -> dict[str, Any]:
-    """Describe what a reference stands for: bottleneck adapters, with what they are under `adapters`, or a checkpoint.
+    """Describe what a reference stands for: a checkpoint, or what is no model, with what it is under `about`.
 
     Raises CheckpointError where it cannot be opened.
     """
     if is_bottleneck(where):
         return adapters(where, tensors=tensors)
+    if is_sparse(where):
+        return sparse_fine_tune(where, tensors=tensors)
     return checkpoint(open(where), tensors=tensors)
 
 

@@ -33,7 +33,7 @@ def adapters(reference: str | Path, *, tensors: bool = False) -> dict[str, Any]:
     opened = _opened(Path(reference).expanduser())
     specs = {key: one.stored.specs[own] for one in opened for key, own in one.tensors.items()}
     described = {
-        "adapters": [_adapter(one) for one in opened],
+        "about": [_adapter(one) for one in opened],
         "tensors": len(specs),
         "entries": sum(spec.entries for spec in specs.values()),
         "bytes": sum(spec.nbytes for spec in specs.values()),

@@ -390,7 +390,7 @@ def test_inspect_shows_what_an_adapter_is_and_where_it_stands() -> None:
 def test_inspect_shows_the_adapters_of_a_stack_as_json(tmp_path: Path) -> None:
     for folder in (ORACLE / "stack", built(tmp_path, STACK)):
         found = json.loads(inspected("--json", "--tensors", folder))
-        assert [(one["name"], one["reduction_factor"]) for one in found["adapters"]] == [("swahili", 2), ("task", 8)]
+        assert [(one["name"], one["reduction_factor"]) for one in found["about"]] == [("swahili", 2), ("task", 8)]
         assert [one["where"] for one in found["groups"]][::3] == [
             "swahili: bert.encoder.layer.*.output",
             "task: bert.encoder.layer.*.output",

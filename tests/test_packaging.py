@@ -42,7 +42,7 @@ LAYERS = (  # a file imports only from layers above its own
     ("merge.adapter", "merge.bottleneck", "merge.fingerprint", "merge.sparse", "merge.sparse_file", "merge.surveyed"),
     ("merge.plan",),
     ("merge.low_rank",),
-    ("merge.receipt", "merge.describe_bottleneck"),
+    ("merge.receipt", "merge.describe_bottleneck", "merge.describe_sparse"),
     ("merge.describe", "merge.model_card", "merge.output"),
     ("merge.execute",),
     ("merge",),

@@ -490,6 +490,9 @@ def test_from_extraction_to_a_model_at_a_terminal(save_llama: SaveLlama, tmp_pat
     receipt = json.loads((tmp_path / "task-sft" / "portmanteau.json").read_text())
     (survey,) = receipt["surveys"].values()
     assert survey["selected"] == int(0.2 * survey["of"]) == sum(survey["tensors"].values())
+    shown = run("inspect", "task-sft", folder=tmp_path).stdout
+    assert f"changes: {survey['selected']:,} of {survey['of']:,} entries (20.00%)" in shown
+    assert "model.layers" in shown
     found = run("overlap", "task-sft", "language-sft", "--json", folder=tmp_path)
     assert json.loads(found.stdout)[0]["counts"][0] == survey["selected"]
     plan = run("plan", "task-sft.yaml", folder=tmp_path)
