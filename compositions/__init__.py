@@ -4,6 +4,7 @@ from .average import Exponential, average
 from .changes import Changes, changes
 from .compose import compose
 from .composition import Composition, composition
+from .extract_lora import extract_lora
 from .layer_swap import layer_swap
 from .lora import lora
 from .recipe import Recipe, load
@@ -22,6 +23,7 @@ __all__ = [
     "changes",
     "compose",
     "composition",
+    "extract_lora",
     "layer_swap",
     "load",
     "lora",

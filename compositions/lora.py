@@ -21,9 +21,8 @@ from portmanteau.merge.registry import find
 
 from .combine_lora import Combine, combined, wrong
 from .composition import composition
-from .matching import HEADS
+from .matching import HEADS, is_tied
 
-_WITH_TIED_HEADS = "*ForCausalLM|*LMHead*|*ForMaskedLM|*ForConditionalGeneration"
 _ALONE = "fold it in alone and at weight 1, in a step of its own; a task vector of the result can be weighted"
 _FACTORS = 2  # A and B; DoRA has its magnitudes and the base besides
 _OTHER_BASE = "the adapter was trained on another base: name that one, in the same dtype"
@@ -169,7 +168,7 @@ def _not_to_be_changed(adapter: Adapter, names: Sequence[str], base: Checkpoint)
     """Find targets that the base lacks, that are quantised, or whose change would move another tensor too."""
     config = base.companions.config or {}
     lacking = [name for name in names if name not in base.specs]
-    tied = _is_tied(base)
+    tied = is_tied(base)
     if lacking:
         head = tied and any(matches(HEADS, name) for name in lacking)
         hint = "the base's head is tied to its embedding" if head else "name the base that it was trained on"
@@ -182,14 +181,6 @@ def _not_to_be_changed(adapter: Adapter, names: Sequence[str], base: Checkpoint)
     if moved:
         hint = "write the base with a head of its own (tie_word_embeddings: false) first"
         yield wrong(adapter, f"changes {some(moved)}, and the base's head, which is tied to it, would move too", hint)
-
-
-def _is_tied(base: Checkpoint) -> bool:
-    """Tell whether the head of a language model is its embedding."""
-    config = base.companions.config or {}
-    generates = any(matches(_WITH_TIED_HEADS, name) for name in config.get("architectures") or ())
-    own = any(matches(HEADS, name) for name in base.specs)
-    return generates and not own and config.get("tie_word_embeddings") is not False
 
 
 def _flag(adapter: Adapter, specs: Mapping[str, TensorSpec | None]) -> bool | None:

@@ -27,6 +27,14 @@ _FIXED = {  # what the formula scaling · B A needs, and peft's defaults for wha
 }
 
 
+MERGED = "A merged LoRA adapter"
+
+
+def form(title: str = MERGED) -> Form:
+    """Give the layout of an adapter's folder."""
+    return Form(weights="adapter_model.safetensors", library="peft", title=title)
+
+
 @dataclass(frozen=True)
 class Pair:
     """The factors of one module.
@@ -87,7 +95,7 @@ class Folder:
     settings: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     derived: Mapping[str, Callable[[Path], None]] = field(default_factory=dict)
-    title: str = "A merged LoRA adapter"
+    title: str = MERGED
 
     @property
     def config(self) -> dict[str, Any]:
@@ -129,8 +137,7 @@ class Folder:
             own = f"{PREFIX}{path}.base_layer.{leaf}" if self._is_bias(name) else f"{PREFIX}{name}"
             nodes[own] = _named(own, saved.node, saved.label)
         text = json.dumps(self.config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-        form = Form(weights="adapter_model.safetensors", library="peft", title=self.title)
-        companions = Companions(texts={CONFIG: text}, form=form, derived=self.derived)
+        companions = Companions(texts={CONFIG: text}, form=form(self.title), derived=self.derived)
         return Composed(label, nodes, companions, self.notes)
 
 

@@ -50,6 +50,10 @@ class Factors:
 class Method(Protocol):
     """A way to decompose a matrix that is read from inputs."""
 
+    @property
+    def rank(self) -> int:
+        """How many values are kept."""
+
     def __call__(self, read: Read) -> Factors:
         """Read what is needed and decompose it."""
 
@@ -58,6 +62,7 @@ class Decomposition:
     """One decomposition of which two tensors are made: computed when one is asked for, forgotten when both are made.
 
     Attributes:
+        rank: how many values are kept.
         kept: what Σ σ² of the values kept was, once it has been computed.
         whole: what ‖Δ‖² was.
 
@@ -66,6 +71,7 @@ class Decomposition:
     def __init__(self, method: Method) -> None:
         """Begin with nothing computed."""
         self._method = method
+        self.rank = method.rank
         self._lock = threading.Lock()
         self._factors: Factors | None = None
         self._left: set[Side] = set()

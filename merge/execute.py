@@ -137,7 +137,8 @@ def build(
             writer.finish()
         finally:
             writer.close()
-        companions.write(checkpoint.companions, folder, [step.output for step in plan.steps])
+        beside = checkpoint.companions.with_texts_of(plan.companions)
+        companions.write(beside, folder, [step.output for step in plan.steps])
         (folder / "README.md").write_text(model_card.text(plan, recipe, checkpoint.companions.form), encoding="utf-8")
         receipt = make_receipt(plan, Done(digests, found), recipe, time.monotonic() - begun)
         receipt.write(folder)

@@ -211,6 +211,7 @@ def test_compositions_has_exactly_these_public_names() -> None:
         "changes",
         "compose",
         "composition",
+        "extract_lora",
         "layer_swap",
         "load",
         "lora",
