@@ -121,6 +121,8 @@ def test_show_lists_everything_and_explains_one(tmp_path: Path) -> None:
     names = [row["name"] for row in json.loads(run("show", "--json").stdout)]
     assert names == [
         "average",
+        "extract_lora",
+        "extract_lora",
         "layer_swap",
         "lora",
         "copy",
