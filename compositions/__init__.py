@@ -8,6 +8,7 @@ from .extract_lora import extract_lora
 from .layer_swap import layer_swap
 from .lora import lora
 from .recipe import Recipe, load
+from .swap_lora import swap_lora
 from .tensorwise import Rule, tensorwise
 from .zones import Ends, Zone
 
@@ -27,5 +28,6 @@ __all__ = [
     "layer_swap",
     "load",
     "lora",
+    "swap_lora",
     "tensorwise",
 ]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 from pydantic import Field
 
-from portmanteau.merge import Checkpoint, MergeError
+from portmanteau.merge import MergeError
+from portmanteau.merge.companions import Companions
 from portmanteau.merge.errors import Mistake
-from portmanteau.merge.names import Place, Stack, module
+from portmanteau.merge.names import Layers, Place, Stack, module
 
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -18,6 +19,18 @@ Module = Literal["attention", "mlp", "norm"]
 Side = Literal["task", "language", "blend"]
 _STRICT: Any = {"extra": "forbid"}
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+
+
+class Layered(Protocol):
+    """What has layers: a checkpoint, or what stands for one."""
+
+    @property
+    def layers(self) -> Layers:
+        """Its stacks of layers."""
+
+    @property
+    def companions(self) -> Companions:
+        """Its config, where it has one."""
 
 
 @dataclass(frozen=True)
@@ -76,13 +89,13 @@ class Asked:
     modules: Mapping[Module, Zone] = field(default_factory=dict)
     stacks: Mapping[str, Zone | Literal["outside"]] = field(default_factory=dict)
 
-    def of(self, stack: Stack, donor: Checkpoint) -> Zone | None:
+    def of(self, stack: Stack, donor: Layered) -> Zone | None:
         """Give the numbers for a stack; None: it is left to the outside."""
         own = next((zone for word, zone in self.stacks.items() if donor.layers.find(word) == stack), Zone())
         return None if own == "outside" else _over(own, self.common)
 
 
-def resolve(donor: Checkpoint, asked: Asked) -> dict[Stack, ByModule]:
+def resolve(donor: Layered, asked: Asked) -> dict[Stack, ByModule]:
     """Share out every stack that is not left to the outside. Raises MergeError with all mistakes."""
     mistakes = _unclear(donor, asked) or [*_missing(donor, asked), *_shared_layers(donor)]
     if mistakes:
@@ -123,7 +136,7 @@ def _shares(zone: Zone) -> Shares:
     return Shares(zone.bottom or 0, zone.top or 0, ends, blend)
 
 
-def _unclear(donor: Checkpoint, asked: Asked) -> list[Mistake]:
+def _unclear(donor: Layered, asked: Asked) -> list[Mistake]:
     """Find what makes it unclear which stacks are meant: none there, unknown names, nothing said of one of several."""
     stacks = donor.layers.stacks
     shown = ", ".join(f"{stack} ({stack.count})" for stack in stacks)
@@ -141,7 +154,7 @@ def _unclear(donor: Checkpoint, asked: Asked) -> list[Mistake]:
     return []
 
 
-def _missing(donor: Checkpoint, asked: Asked) -> list[Mistake]:
+def _missing(donor: Layered, asked: Asked) -> list[Mistake]:
     """Find the numbers that nothing says."""
     zones = {stack: asked.of(stack, donor) for stack in donor.layers.stacks}
     return [
@@ -152,7 +165,7 @@ def _missing(donor: Checkpoint, asked: Asked) -> list[Mistake]:
     ]
 
 
-def _shared_layers(donor: Checkpoint) -> list[Mistake]:
+def _shared_layers(donor: Layered) -> list[Mistake]:
     """Find a model whose config counts other layers than its tensors show, as where layers share their weights."""
     stacks, config = donor.layers.stacks, donor.companions.config or {}
     declared = next((config[key] for key in _LAYER_COUNTS if isinstance(config.get(key), int)), None)

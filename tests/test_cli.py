@@ -122,9 +122,9 @@ def test_show_lists_everything_and_explains_one(tmp_path: Path) -> None:
     assert names == [
         "average",
         "extract_lora",
-        "extract_lora",
         "layer_swap",
         "lora",
+        "swap_lora",
         "copy",
         "dare",
         "equal",

@@ -215,6 +215,7 @@ def test_compositions_has_exactly_these_public_names() -> None:
         "layer_swap",
         "load",
         "lora",
+        "swap_lora",
         "tensorwise",
     ]
     assert all(hasattr(compositions, name) for name in compositions.__all__)
