@@ -55,6 +55,9 @@ def extract_lora(
     rest: Annotated[
         Literal["store", "drop"], Field(description="what else changed: store it whole, or leave it out with a note")
     ] = "store",
+    unmatched: Annotated[
+        Literal["error", "drop"], Field(description="tensors that only one model has: refuse, or leave out")
+    ] = "error",
 ) -> Surveyed:
     """Extract the LoRA adapter of a full fine-tune.
 
@@ -67,7 +70,7 @@ def extract_lora(
     """
     if (rank is None) == (energy is None):
         raise MergeError("rank", "needs a rank or an energy, exactly one of them", "rank: 32, or energy: 0.9")
-    matching = match({"base": base, "tuned": tuned}, "base")
+    matching = match({"base": base, "tuned": tuned}, "base", unmatched)
     floats = {name: met for name, met in matching.tensors.items() if is_float(met.spec.dtype)}
     chosen = {name: met for name, met in floats.items() if _is_chosen(met.spec, base, modules)}
     mistakes = list(_refusals(chosen, base, modules))

@@ -235,3 +235,13 @@ def test_a_bf16_result_is_rounded_once(base: Path, tmp_path: Path) -> None:
     rounded = load_file(out / "adapter_model.safetensors")
     assert all(torch.equal(rounded[name], exact[name].bfloat16()) for name in exact)
     peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out)
+
+
+def test_tensors_that_only_one_model_has_are_refused_or_left_out(base: Path, tuned: Path, tmp_path: Path) -> None:
+    tensors = load_file(tuned / "model.safetensors")
+    save_file({**tensors, "value_head.weight": torch.ones(1, 16)}, tuned / "model.safetensors")
+    with pytest.raises(merge.RecipeError, match=r"base lacks 1 tensors that others have: value_head\.weight"):
+        extracted(tmp_path, "rank: 2")
+    out, receipt = folder(tmp_path, "rank: 2, unmatched: drop")
+    assert receipt.notes[0] == "1 tensors that not every model has were left out: value_head.weight"
+    opened(base, out)
