@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from portmanteau import merge
-from portmanteau.compositions import change_tables, changes, compose, heat_map, load, reference_page
+from portmanteau.compositions import (
+    change_tables,
+    changes,
+    compose,
+    greedy_soup,
+    heat_map,
+    load,
+    measured_by,
+    overlaps,
+    reference_page,
+)
 from portmanteau.merge import describe
 from portmanteau.merge.execute import MEMORY, Limits
 from portmanteau.merge.output import check_file
@@ -92,11 +102,12 @@ def plan(recipe: Recipe, threads: Threads = None, memory: Memory = MEMORY, as_js
         (r["operator"], r["of"], r["settings"], str(r["tensors"]), readable(r["bytes"]), r["why"])
         for r in summary["steps"]
     ]
-    _table(("operator", "of", "settings", "tensors", "bytes", "because of"), rows)
+    if not made.pending:
+        _table(("operator", "of", "settings", "tensors", "bytes", "because of"), rows)
     for survey in summary["surveys"]:
-        typer.echo(f"survey before it: {survey['title']}, reads {readable(survey['bytes'])}")
+        typer.echo(f"survey first: {survey['title']}, reads {readable(survey['bytes'])} each time")
     typer.echo(
-        f"reads {readable(summary['bytes_read'])}, writes {readable(summary['bytes_written'])}, "
+        f"reads {readable(summary['bytes_read'])}, writes {_most(made)}, "
         f"in flight at most {readable(summary['bytes_in_flight'])}"
     )
     _notes(made.notes)
@@ -108,9 +119,12 @@ def check(recipe: Recipe, as_json: Json = False) -> None:
     loaded = load(recipe)
     made = merge.make_plan(compose(loaded), loaded.output.dtype)
     if as_json:
-        _print_json({"tensors": len(made.steps), "bytes": made.bytes_written, "notes": made.notes})
+        _print_json(
+            {"tensors": None if made.pending else len(made.steps), "bytes": made.bytes_written, "notes": made.notes}
+        )
     else:
-        typer.echo(f"{recipe}: good; it makes {len(made.steps)} tensors, {readable(made.bytes_written)}")
+        count = "tensors that a survey will tell" if made.pending else f"{len(made.steps)} tensors"
+        typer.echo(f"{recipe}: good; it makes {count}, {_most(made)}")
         _notes(made.notes)
 
 
@@ -142,18 +156,50 @@ def inspect(
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Show a checkpoint's tensors, sizes, layers and dtypes, from its headers."""
-    opened = merge.open(checkpoint)
-    found = describe.checkpoint(opened, tensors=tensors)
+    """Show the tensors, sizes, layers and dtypes of a checkpoint or a bottleneck adapter, from its headers."""
+    found = describe.reference(checkpoint, tensors=tensors)
     if as_json:
         _print_json(found)
         return
     typer.echo(f"{checkpoint}: {found['tensors']} tensors, {found['entries']:,} entries, {readable(found['bytes'])}")
+    for adapter in found.get("adapters", ()):
+        typer.echo("; ".join(f"{key.replace('_', ' ')}: {value}" for key, value in adapter.items()))
     groups = [(r["where"], r["layers"], str(r["tensors"]), readable(r["bytes"]), r["dtypes"]) for r in found["groups"]]
     _table(("where", "layers", "tensors", "bytes", "dtypes"), groups)
     if tensors:
         listed = [(r["name"], r["dtype"], str(r["shape"]), readable(r["bytes"])) for r in found["list"]]
         _table(("tensor", "dtype", "shape", "bytes"), listed)
+
+
+@app.command()
+def soup(
+    out: Annotated[Path, typer.Argument(help="The folder to make; its recipe is written as OUT.yaml.")],
+    models: Annotated[list[str], typer.Argument(help="Folders, files, Hub ids, or patterns as in recipes.")],
+    metric: Annotated[
+        str,
+        typer.Option(
+            help='A program, "COMMAND {model}": the last line of its stdout is the metric.', show_default=False
+        ),
+    ],
+    minimize: Annotated[bool, typer.Option("--minimize", help="Less is better, as with a loss.")] = False,
+    shared: Annotated[str | None, typer.Option(help='Tensors that must be equal, as in average; "" for none.')] = None,
+    force: Annotated[bool, typer.Option(help="Replace an earlier result.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Build the greedy soup: models averaged one by one, best first, as long as the metric gets no worse."""
+    made = greedy_soup(
+        models, out, measure=measured_by(metric), minimize=minimize, shared=shared, force=force, tell=_say
+    )
+    _notes(made.receipt.notes)
+    if as_json:
+        rows = [asdict(one) for one in made.tries]
+        _print_json(
+            {"out": str(out), "recipe": str(made.recipe), "metric": made.metric, "models": made.models, "tries": rows}
+        )
+        return
+    cells = [(one.model, f"{one.alone:g}", f"{one.soup:g}", "yes" if one.taken else "no") for one in made.tries]
+    _table(("model", "alone", "soup with it", "taken"), cells)
+    _say(f"{out}: {len(made.models)} of {len(made.tries)} models, metric {made.metric:g}; its recipe is {made.recipe}")
 
 
 @app.command()
@@ -194,6 +240,39 @@ def diff(
     titles = ("tensor" if tensors else "layer", *change_tables.MEASURES.values())
     _table(titles, [*rows, ("whole", *change_tables.cells(found.whole))])
     _notes(found.notes)
+
+
+@app.command()
+def overlap(
+    diffs: Annotated[list[str], typer.Argument(help="Sparse fine-tunes: folders or Hub ids.", show_default=False)],
+    tensors: Annotated[bool, typer.Option("--tensors", help="A row for each tensor.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show where sparse fine-tunes change the same entries, and whether they pull the same way there."""
+    found = [row for row in overlaps([merge.open_sparse(diff) for diff in diffs]) if tensors or not row.tensor]
+    if as_json:
+        extra = ("by_chance", "cosine", "opposed_share")
+        _print_json([{**asdict(row), **{name: getattr(row, name) for name in extra}} for row in found])
+        return
+    rows = [
+        (
+            f"{row.one} · {row.other}",
+            *([row.tensor or "all"] if tensors else []),
+            f"{row.counts[0]:,} · {row.counts[1]:,}",
+            f"{row.shared:,}",
+            f"{row.by_chance:,.0f}",
+            "–" if row.opposed_share is None else f"{row.opposed_share:.1%}",
+            "–" if row.cosine is None else f"{row.cosine:.3f}",
+        )
+        for row in found
+    ]
+    titles = ("pair", *(["tensor"] if tensors else []), "entries", "shared", "by chance", "opposed", "cosine")
+    _table(titles, rows)
+
+
+def _most(made: merge.Plan) -> str:
+    """Say how many bytes a plan writes; at most, where a survey will tell."""
+    return ("at most " if made.pending else "") + readable(made.bytes_written)
 
 
 def _say(text: str) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -12,15 +13,14 @@ from pydantic import Field
 
 from portmanteau.merge import Checkpoint, Composed, MergeError, Step, StoredCheckpoint
 from portmanteau.merge.dtypes import is_float
-from portmanteau.merge.errors import some
+from portmanteau.merge.errors import Mistake, some
 from portmanteau.merge.names import matches
 from portmanteau.merge.node import Inputs, copy_of
 from portmanteau.merge.registry import find
 
 from .composition import composition
-from .matching import Met, Unmatched, match
+from .matching import TASK_HEADS, Met, Unmatched, match
 
-_HEADS = "*classifier*|qa_outputs.*|score.*"
 _STATISTICS = "*.running_mean|*.running_var"
 _FAR = 1.5  # the first snapshot's loss over the last one's, above which it is worth a note
 
@@ -49,6 +49,12 @@ def average(
         float, Field(ge=0, description="leave out this share of each run's snapshots, or, from 1 on, so many")
     ] = 0.0,
     last: Annotated[int | None, Field(gt=0, description="keep only so many of each run, the last ones")] = None,
+    first_runs: Annotated[
+        int | None, Field(gt=0, description="take only so many runs: the first, as listed or as shuffled")
+    ] = None,
+    shuffle_runs: Annotated[
+        int | None, Field(ge=0, description="the seed by which runs are shuffled before the first are taken")
+    ] = None,
     over: Annotated[
         Literal["snapshots", "runs"], Field(description="where runs differ in length: what all weigh the same")
     ] = "snapshots",
@@ -63,20 +69,78 @@ def average(
     are no floats come from the last snapshot. Several runs must share the head (`shared`): coordinates of heads that
     were initialised apart have nothing to do with each other.
 
+    `first_runs` with `shuffle_runs` is one point of an accumulative average (Schmidt et al. 2023b, arXiv 2310.10532):
+    a seed has one order of the runs, and a larger number takes more of the same order. See `accumulative_averages`.
+
     Raises MergeError for snapshots that do not fit, weights of another number, or nothing left to average.
     """
-    runs = _kept(_runs(models), skip_first, last)
+    every = _runs(models)
+    _refuse(len(every), first_runs, shuffle_runs, weights)
+    taken = _shuffled(every, shuffle_runs)[:first_runs]
+    runs = _kept(taken, skip_first, last)
     kept = {label: model for run in runs for label, model in run.items()}
     if not kept:
         raise MergeError("models", f"of {len(models)} snapshots none is left", "skip_first leaves out too many")
     matching = match(kept, list(kept)[-1], unmatched)
-    job = _Job(tuple(kept), _weights(runs, weights, over), _HEADS if shared is None and len(runs) > 1 else shared or "")
+    job = _Job(
+        tuple(kept), _weights(runs, weights, over), TASK_HEADS if shared is None and len(runs) > 1 else shared or ""
+    )
     nodes = {name: job.step(met) for name, met in matching.tensors.items()}
-    notes = (*matching.notes, *_notes(matching.tensors, runs))
+    notes = (*matching.notes, *_notes(matching.tensors, runs), *_taken(taken, len(every), first_runs, shuffle_runs))
     return Composed("average", nodes, list(kept.values())[-1].companions, notes)
 
 
+def accumulative_averages(
+    *, models: Sequence[Checkpoint], shuffle_runs: int | None = None, first_runs: int | None = None, **settings: Any
+) -> Iterator[Composed]:
+    """Give the averages over the first run, the first two … up to `first_runs` (default: all); nothing is read yet.
+
+    The i-th is `average(models=models, shuffle_runs=shuffle_runs, first_runs=i, **settings)`. Raises as that does.
+    """
+    for count in range(1, 1 + (first_runs or len(_runs(models)))):
+        yield average(models=models, shuffle_runs=shuffle_runs, first_runs=count, **settings)
+
+
 Run = Mapping[str, Checkpoint]
+
+
+def _refuse(count: int, first_runs: int | None, shuffle_runs: int | None, weights: Any) -> None:
+    """Refuse an order of runs where it has nothing to decide, or contradicts what is given in the order of a list."""
+    mistakes = []
+    if first_runs is not None and first_runs > count:
+        hint = "snapshots in one folder are one run" if count == 1 else ""
+        mistakes.append(Mistake("first_runs", f"of {count} runs the first {first_runs} cannot be taken", hint))
+    if shuffle_runs is not None and first_runs is None:
+        what = "the average of all runs does not depend on their order"
+        mistakes.append(Mistake("shuffle_runs", what, "add first_runs: how many are taken"))
+    if shuffle_runs is not None and isinstance(weights, list | tuple):
+        what = "are in the order of the list, and the runs are shuffled"
+        mistakes.append(Mistake("weights", what, "leave one of both out"))
+    if mistakes:
+        raise MergeError.of(mistakes)
+
+
+def _shuffled(runs: list[dict[str, Checkpoint]], seed: int | None) -> list[dict[str, Checkpoint]]:
+    """Put the runs into a random order: of Random, only what `random` gives is the same in every version of Python."""
+    if seed is None:
+        return runs
+    dice = random.Random(seed)
+    draws = [dice.random() for _ in runs]
+    return [runs[i] for i in sorted(range(len(runs)), key=draws.__getitem__)]
+
+
+def _taken(runs: Sequence[Run], count: int, first_runs: int | None, shuffle_runs: int | None) -> list[str]:
+    """Say which runs were taken, in their order."""
+    if first_runs is None:
+        return []
+    how = "" if shuffle_runs is None else f", shuffled with seed {shuffle_runs}"
+    return [f"of {count} runs{how}, these are taken: {', '.join(_name(run) for run in runs)}"]
+
+
+def _name(run: Run) -> str:
+    """Name a run by its only snapshot, or by its first and last."""
+    labels = list(run)
+    return labels[0] if len(labels) == 1 else f"{labels[0]} … {labels[-1]}"
 
 
 def _runs(models: Sequence[Checkpoint]) -> list[dict[str, Checkpoint]]:

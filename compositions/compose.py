@@ -77,14 +77,12 @@ class _Composer:
         meant = self._recipe.models.get(name, reference)
         place = meant.path if meant.is_on_hub(folder) else meant.local(folder)
         opened = reference.opener(place, revision=meant.revision, label=name)
-        if not meant.lora:
-            return opened
-        if not isinstance(opened, Checkpoint):
-            raise CheckpointError(name, "an adapter takes no lora", "name both in one list")
-        return self._folded(opened, meant)
+        return self._folded(opened, meant) if meant.lora else opened
 
-    def _folded(self, base: Checkpoint, reference: Reference) -> Composed:
+    def _folded(self, base: Any, reference: Reference) -> Composed:
         """Fold the adapters of a reference into its model."""
+        if not isinstance(base, Checkpoint):
+            raise CheckpointError(reference.path, "only a model takes a lora")
         adapters = {self._opened(adapter): weight for adapter, weight in reference.lora}
         if len(adapters) < len(reference.lora):
             raise CheckpointError("lora", "an adapter is named twice", "give it a weight instead")

@@ -14,13 +14,12 @@ from portmanteau.merge.errors import Mistake
 from portmanteau.merge.names import Place, Stack
 from portmanteau.merge.node import Finding, Inputs, copy_of
 from portmanteau.merge.registry import find
-from portmanteau.merge.surveys import balanced_weights, weights_by_change
+from portmanteau.merge.surveys import balanced_weights
 
+from .automatic_layers import Automatic, By, by_change
 from .composition import composition
 from .matching import Matching, Met, Unmatched, match
 from .zones import Asked, ByModule, Count, Ends, Module, Share, Zone, of_module, resolve
-
-_MATRIX = 2
 
 
 @composition(
@@ -38,6 +37,9 @@ def layer_swap(
     layers: Annotated[
         Literal["auto"] | None, Field(description="auto: each layer from the expert that changed it more, by a survey")
     ] = None,
+    by: Annotated[
+        By, Field(description="auto: choose whole layers, or attention and mlp of each layer apart")
+    ] = "layer",
     threshold: Annotated[Share, Field(description="auto: within this difference of shares, layers are mixed")] = 0.001,
     rescale: Annotated[
         Literal["none", "mav"],
@@ -64,14 +66,16 @@ def layer_swap(
     survey). Everything outside the layers follows `outside`; tensors that are no floats are the task expert's.
 
     With `layers: auto` a survey compares, layer by layer, each expert's share of its own change (Σ ‖Δ‖/‖base‖ over the
-    layer's matrices): the one that leads by more than `threshold` gives the layer, else both are mixed by `blend`.
+    layer's matrices): the one that leads by more than `threshold` gives the layer, else both are mixed by `blend`. With
+    `by: module`, attention and mlp of each layer are compared apart, by √Σ (‖Δ‖/‖base‖)² over their matrices; the norms
+    beside them are the language expert's.
 
     Raises MergeError for models that do not fit, shared layers, or more layers asked for than there are.
     """
     asked = Asked(Zone(bottom, top, transition, blend), modules or {}, stacks or {})
     auto, mav = layers == "auto", rescale == "mav"
     needs_base = {"layers: auto": auto, "outside: base": outside == "base", "rescale: mav": mav}
-    _refuse(needs_base, base, asked)
+    _refuse(needs_base, base, asked, by)
     models = {"task": task, "language": language}
     if base is not None and any(needs_base.values()):
         models["base"] = base
@@ -80,7 +84,8 @@ def layer_swap(
     if auto:
         whole = dict.fromkeys((stack.prefix for stack in donor.layers.stacks), Zone(0, 0, 0, blend))
         zones = resolve(donor, Asked(Zone(0, 0, 0, blend), stacks=whole))
-        job = _Job(zones, outside, _by_change(matching, donor, threshold, blend), auto=True)
+        chosen = by_change(matching, donor.layers, by=by, threshold=threshold, blend=blend)
+        job = _Job(zones, outside, automatic=chosen)
     else:
         zones = resolve(donor, asked)
         job = _Job(zones, outside, _surveys(matching, donor, zones) if mav else {})
@@ -89,7 +94,7 @@ def layer_swap(
     return Composed("layer_swap", nodes, donor.companions, (*matching.notes, *unused))
 
 
-def _refuse(needs_base: Mapping[str, bool], base: Checkpoint | None, asked: Asked) -> None:
+def _refuse(needs_base: Mapping[str, bool], base: Checkpoint | None, asked: Asked, by: By) -> None:
     """Refuse keys that contradict each other, or that need a base where there is none."""
     mistakes = []
     if base is None and any(needs_base.values()):
@@ -103,6 +108,9 @@ def _refuse(needs_base: Mapping[str, bool], base: Checkpoint | None, asked: Aske
         mistakes.append(
             Mistake("layers", f"auto chooses the layers itself, and {', '.join(told)} is given", "leave one out")
         )
+    if by == "module" and not needs_base["layers: auto"]:
+        hint = "add layers: auto; modules: gives numbers of layers by module"
+        mistakes.append(Mistake("by", "says how auto chooses, and layers: auto is not given", hint))
     if mistakes:
         raise MergeError.of(mistakes)
 
@@ -135,24 +143,6 @@ def _surveys(
     return found
 
 
-def _by_change(
-    matching: Matching, donor: Checkpoint, threshold: float, blend: float
-) -> dict[tuple[Stack, int, str], Finding]:
-    """Plan, for every stack, the survey that gives each layer to the expert which changed it more."""
-    groups: dict[Stack, dict[tuple[int, str], tuple[Inputs]]] = {}
-    for name, met in matching.tensors.items():
-        place = donor.layers.place(name)
-        if place is not None and met.complete and is_float(met.spec.dtype) and len(met.spec.shape) == _MATRIX:
-            pair = (met.nodes["language"], met.nodes["task"])
-            groups.setdefault(place.stack, {})[place.layer, place.inner] = (Inputs(pair, met.nodes["base"]),)
-    settings = {"threshold": threshold, "blend": blend}
-    surveys = {
-        stack: Survey(f"shares of change of the layers in {stack}", weights_by_change, inputs, settings)
-        for stack, inputs in groups.items()
-    }
-    return {(stack, i, ""): Finding(survey, i) for stack, survey in surveys.items() for i in range(stack.count)}
-
-
 @dataclass(frozen=True)
 class _Job:
     """What is asked for, apart from any one tensor."""
@@ -160,7 +150,7 @@ class _Job:
     zones: Mapping[Stack, ByModule]
     outside: str
     findings: Mapping[tuple[Stack, int, str], Finding] = field(default_factory=dict)
-    auto: bool = False
+    automatic: Automatic | None = None
 
     def step(self, met: Met, place: Place | None) -> Step:
         """Make the step for one output tensor."""
@@ -171,10 +161,11 @@ class _Job:
             return copy_of(met.nodes["task"], met.spec, "task")
         if place is None or place.stack not in self.zones:
             return self._mixed(met, (0.5, 0.5)) if self.outside == "average" else self._copied(met, self.outside)
+        if self.automatic is not None:
+            chosen = self.automatic.of(place)
+            return self._copied(met, "language") if chosen is None else self._mixed(met, chosen)
         which, shares = of_module(self.zones[place.stack], place)
         finding = self.findings.get((place.stack, place.layer, which))
-        if self.auto and finding is not None:
-            return self._mixed(met, finding)
         side = shares.side(place.layer, place.stack.count)
         if side != "blend":
             return self._copied(met, side)

@@ -10,7 +10,8 @@ from typing import Annotated
 from pydantic import Field
 
 from portmanteau.merge import Adapter, Checkpoint, Composed, MergeError, Step, TensorSpec
-from portmanteau.merge.adapter import CONFIG, Module, adapter_of
+from portmanteau.merge.adapter import Module, adapter_of
+from portmanteau.merge.adapter_folder import CONFIG
 from portmanteau.merge.companions import INPUT_EMBEDDINGS
 from portmanteau.merge.dtypes import is_float, working
 from portmanteau.merge.errors import Mistake, some

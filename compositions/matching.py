@@ -17,6 +17,7 @@ from portmanteau.merge.node import Node
 
 HEADS = "*lm_head.weight|*embed_out.weight|*predictions.decoder.weight|*output_projection.weight"
 _WITH_TIED_HEADS = "*ForCausalLM|*LMHead*|*ForMaskedLM|*ForConditionalGeneration"
+TASK_HEADS = "*classifier*|qa_outputs.*|score.*"  # made anew for a task, so initialised by each run's seed
 _KEEP = "unmatched: keep takes such tensors from the first model that has them, unmatched: drop leaves them out"
 
 Unmatched = Annotated[

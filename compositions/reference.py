@@ -14,7 +14,15 @@ from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from portmanteau.merge import Adapter, Checkpoint, open_adapter
+from portmanteau.merge import (
+    Adapter,
+    Bottleneck,
+    Checkpoint,
+    SparseFineTune,
+    open_adapter,
+    open_bottleneck,
+    open_sparse,
+)
 from portmanteau.merge import open as open_checkpoint
 from portmanteau.merge.hub import is_hub_id
 
@@ -81,7 +89,27 @@ class AdapterReference(Reference):
 
 Reference.model_rebuild()
 
-_KINDS: Mapping[Any, type[Reference]] = {Checkpoint: Reference, Adapter: AdapterReference}
+
+class BottleneckReference(Reference):
+    """What stands for a bottleneck adapter in a recipe."""
+
+    may_be_step: ClassVar[bool] = False
+    opener: ClassVar[Callable[..., Any]] = staticmethod(open_bottleneck)
+
+
+class SparseReference(Reference):
+    """What stands for a sparse fine-tune in a recipe."""
+
+    may_be_step: ClassVar[bool] = False
+    opener: ClassVar[Callable[..., Any]] = staticmethod(open_sparse)
+
+
+_KINDS: Mapping[Any, type[Reference]] = {
+    Checkpoint: Reference,
+    Adapter: AdapterReference,
+    Bottleneck: BottleneckReference,
+    SparseFineTune: SparseReference,
+}
 
 
 def _numbers_as_numbers(path: str) -> list[str | int]:

@@ -22,15 +22,15 @@ _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 
 class Layered(Protocol):
-    """What has layers: a checkpoint, or what stands for one."""
+    """What has layers to share out: a checkpoint, or a model that is being trained."""
 
     @property
     def layers(self) -> Layers:
-        """Its stacks of layers."""
+        """The stacks of layers, learned from the names."""
 
     @property
     def companions(self) -> Companions:
-        """Its config, where it has one."""
+        """What goes with the weights; the config may count the layers."""
 
 
 @dataclass(frozen=True)

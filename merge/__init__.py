@@ -2,23 +2,28 @@
 
 from . import operators
 from .adapter import Adapter, open_adapter
+from .bottleneck import Bottleneck, open_bottleneck
 from .checkpoint import Checkpoint
 from .composed import Composed
 from .errors import CheckpointError, MergeError, OutputError, PortmanteauError, RecipeError
 from .execute import Progress, build
+from .in_memory import InMemory
 from .node import Source, Step, Survey
 from .operator import Operator, operator
 from .plan import Plan, make_plan
 from .receipt import Receipt
+from .sparse_file import SparseFineTune, open_sparse
 from .stored import StoredCheckpoint, open
 from .surveyed import Surveyed
 from .tensor_spec import TensorSpec
 
 __all__ = [
     "Adapter",
+    "Bottleneck",
     "Checkpoint",
     "CheckpointError",
     "Composed",
+    "InMemory",
     "MergeError",
     "Operator",
     "OutputError",
@@ -28,6 +33,7 @@ __all__ = [
     "Receipt",
     "RecipeError",
     "Source",
+    "SparseFineTune",
     "Step",
     "StoredCheckpoint",
     "Survey",
@@ -37,6 +43,8 @@ __all__ = [
     "make_plan",
     "open",
     "open_adapter",
+    "open_bottleneck",
+    "open_sparse",
     "operator",
     "operators",
 ]

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from . import hub
+from .adapter_folder import CONFIG, locate
 from .checkpoint import Checkpoint
 from .companions import gather, read_json
-from .errors import CheckpointError, Mistake, nearest
+from .errors import CheckpointError, Mistake
 from .stored import StoredCheckpoint, open
 
-CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
 _READ = {"peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "fan_in_fan_out"}
 _HARMLESS = {  # which modules there are is seen in the file; how they were trained does not matter afterwards
@@ -92,20 +92,8 @@ def open_adapter(reference: str | Path, *, revision: str | None = None, label: s
 
     Raises CheckpointError, with every mistake found, where there is none or where its arithmetic is not known here.
     """
-    path, text = Path(reference).expanduser(), str(reference)
-    label, repository = label or text, None
-    if not path.exists() and hub.is_hub_id(text) and not (isinstance(reference, Path) and path.is_absolute()):
-        repository, _, tag = text.partition("@")
-        path = hub.download(repository, revision or tag or None, hub.ADAPTER)
-        revision = path.name
-    if not path.is_dir():
-        known = [sibling.name for sibling in path.parent.glob("*")] if path.parent.is_dir() else []
-        hint = "name the folder that holds it" if path.is_file() else nearest(path.name, known) if known else ""
-        raise CheckpointError(text, "an adapter is a folder" if path.is_file() else "no such folder", hint)
-    if not (path / CONFIG).is_file():
-        raise CheckpointError(
-            str(path), f"holds no {CONFIG}", "an adapter folder is what peft's save_pretrained writes"
-        )
+    found = locate(reference, revision, hub.ADAPTER, "peft's save_pretrained")
+    label, path = label or str(reference), found.path
     config = read_json(path / CONFIG)
     mistakes = [Mistake(str(path / CONFIG), what, hint) for what, hint in _refusals(config)]
     files = [path / name for name, _ in hub.ADAPTER if (path / name).is_file()]
@@ -114,11 +102,16 @@ def open_adapter(reference: str | Path, *, revision: str | None = None, label: s
     if mistakes:
         raise CheckpointError.of(mistakes)
     file = open(files[0], label=label).files[0]
-    return adapter_of(StoredCheckpoint(label, [file], gather(path), revision, repository), config, str(file.path))
+    stored = StoredCheckpoint(label, [file], gather(path), found.revision, found.repository)
+    return adapter_of(stored, config, str(file.path))
 
 
 def _refusals(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Find what changes the arithmetic in ways that are not known here: what, and a hint."""
+    if "peft_type" not in config and isinstance(config.get("config"), dict):
+        hint = "average_adapters and stack_adapters take AdapterHub's bottleneck adapters"
+        yield "an adapter of AdapterHub's library adapters, not of peft", hint
+        return
     if config.get("peft_type") != "LORA":
         yield f"peft_type is {config.get('peft_type')!r}", "only LoRA adapters can be added to weights"
         return

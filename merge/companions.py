@@ -141,6 +141,7 @@ def write(companions: Companions, folder: Path, specs: Iterable[TensorSpec]) -> 
         shutil.copyfile(path, target)
         names.append(name)
     for name, text in companions.texts.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
         names.append(name)
     for name, make in companions.derived.items():

@@ -6,9 +6,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from .checkpoint import Checkpoint
+from .describe_bottleneck import adapters, is_bottleneck
 from .names import Stack
 from .plan import Plan
 from .receipt import choices
+from .stored import open
 from .tensor_spec import TensorSpec
 
 
@@ -29,7 +31,7 @@ def plan(made: Plan, bytes_in_flight: int) -> dict[str, Any]:
         "steps": steps,
         "surveys": [{"title": survey.title, "bytes": survey.nbytes} for survey in made.surveys],
         "notes": made.notes,
-        "tensors": len(made.steps),
+        "tensors": None if made.pending else len(made.steps),
         "bytes_read": made.bytes_read,
         "bytes_written": made.bytes_written,
         "bytes_in_flight": bytes_in_flight,
@@ -42,6 +44,16 @@ def _short(value: object) -> str:
     if isinstance(value, tuple):
         return "[" + ", ".join(map(_short, value)) + "]"
     return str(value)
+
+
+def reference(where: str, *, tensors: bool = False) -> dict[str, Any]:
+    """Describe what a reference stands for: bottleneck adapters, with what they are under `adapters`, or a checkpoint.
+
+    Raises CheckpointError where it cannot be opened.
+    """
+    if is_bottleneck(where):
+        return adapters(where, tensors=tensors)
+    return checkpoint(open(where), tensors=tensors)
 
 
 def checkpoint(opened: Checkpoint, *, tensors: bool = False) -> dict[str, Any]:

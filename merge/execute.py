@@ -19,7 +19,7 @@ from .checkpoint import Checkpoint
 from .dtypes import parse
 from .errors import OutputError
 from .evaluate import GRID, LARGEST_PART, Evaluation, Session, conduct
-from .node import Made, Node, Source, Step, Survey
+from .node import Inputs, Made, Node, Source, Step, Survey
 from .output import check_place, published
 from .plan import Plan, make_plan
 from .receipt import Done, Receipt, make_receipt
@@ -60,7 +60,8 @@ class Limits:
 
     def session(self, plan: Plan) -> tuple[int, Session]:
         """Choose the size of parts and how many threads the memory allows. OutputError where it is too small."""
-        entry = max((_entry_bytes(step) for step in plan.steps), default=4)
+        surveyed = (inputs for survey in plan.surveys for group in survey.groups.values() for inputs in group)
+        entry = max(4, *map(_entry_bytes, plan.steps), *map(_gathered_bytes, surveyed))
         if entry * GRID > self.memory:
             needed = readable(entry * GRID)
             raise OutputError("--memory", f"{readable(self.memory)} is too small: this plan needs {needed}")
@@ -74,6 +75,9 @@ class Limits:
         """Estimate the most bytes that a build holds at once, beside what torch itself takes."""
         threads, session = self.session(plan)
         largest = max((_entry_bytes(step) * min(session.part, step.output.entries) for step in plan.steps), default=0)
+        if plan.pending:
+            groups = plan.pending.survey.groups.values()
+            largest = session.part * max((_gathered_bytes(inputs) for group in groups for inputs in group), default=0)
         kept = session.keep if any(step.operator.measure for step in plan.steps) else 0
         return threads * (largest + kept + max((_held(step) for step in plan.steps), default=0))
 
@@ -85,8 +89,13 @@ def _entry_bytes(node: Node) -> int:
     inner = sum(map(_entry_bytes, node.inputs))
     if isinstance(node, Made):
         return inner
-    own = sum(1 for _ in node.inputs) + 1
-    return own * (1 + _SCRATCH // 2) * (8 if node.inputs.dtype in ("F64", "I64", "U64") else 4) + inner
+    return _gathered_bytes(node.inputs) + inner
+
+
+def _gathered_bytes(inputs: Inputs) -> int:
+    """Count the bytes in flight for one entry of tensors that meet, and what is made of them."""
+    count = sum(1 for _ in inputs) + 1
+    return count * (1 + _SCRATCH // 2) * (8 if inputs.dtype in ("F64", "I64", "U64") else 4)
 
 
 def _held(node: Node) -> int:

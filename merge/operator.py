@@ -67,19 +67,25 @@ class Parts:
 
     def map(self, function: Callable[..., T]) -> Iterator[T]:
         """Give function(*part) for every part, in order; it is called on several threads, a few parts ahead."""
-        if self.threads == 1:
-            yield from (function(*run()) for run in self.runs())
-            return
-        with ThreadPoolExecutor(self.threads, "survey") as pool:
-            ahead: deque[Future[T]] = deque()
-            try:
-                for run in self.runs():
-                    ahead.append(pool.submit(lambda run: function(*run()), run))
-                    if len(ahead) > 2 * self.threads:
-                        yield ahead.popleft().result()
-                yield from (future.result() for future in ahead)
-            finally:
-                pool.shutdown(wait=True, cancel_futures=True)
+        return mapped(function, self.runs(), self.threads)
+
+
+def mapped(function: Callable[..., T], runs: Iterable[Callable[[], tuple[Tensor, ...]]], threads: int) -> Iterator[T]:
+    """Give function(*run()) for every run, in order, worked on by so many threads, a few runs ahead."""
+    if threads == 1:
+        yield from (function(*run()) for run in runs)
+        return
+    with ThreadPoolExecutor(threads, "survey") as pool:
+        ahead: deque[Future[T]] = deque()
+        try:
+            for run in runs:
+                ahead.append(pool.submit(lambda run: function(*run()), run))
+                if len(ahead) > 2 * threads:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 @dataclass(frozen=True, slots=True)

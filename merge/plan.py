@@ -81,7 +81,12 @@ def make_plan(checkpoint: Checkpoint, dtype: str | None = None) -> Plan:
     Raises MergeError for settings that an operator refuses, all of them at once.
     """
     if isinstance(checkpoint, Surveyed):
-        pending = Pending(checkpoint.survey, checkpoint.most, lambda found: make_plan(checkpoint.settle(found), dtype))
+
+        def settle(found: Any) -> Plan:
+            plan = make_plan(checkpoint.settle(found), dtype)
+            return replace(plan, notes=tuple(dict.fromkeys((*checkpoint.notes, *plan.notes))))
+
+        pending = Pending(checkpoint.survey, checkpoint.most, settle)
         return Plan((), checkpoint.notes, pending, checkpoint.companions)
     steps = []
     for name, spec in checkpoint.specs.items():

@@ -71,7 +71,8 @@ def make_receipt(plan: Plan, done: Done, recipe: str | None, seconds: float) -> 
 
 
 def _plain(value: Any) -> Any:
-    """Make the keys of a mapping text, as JSON has them."""
+    """Make a mapping's keys text, as JSON has them; of what has a summary take that."""
+    value = getattr(value, "summary", value)
     return {str(key): one for key, one in value.items()} if isinstance(value, Mapping) else value
 
 

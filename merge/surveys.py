@@ -33,25 +33,29 @@ def balanced_weights(groups: Mapping[str, Parts], *, blend: float) -> dict[str, 
     return found
 
 
-def weights_by_change(groups: Mapping[tuple[int, str], Parts], *, threshold: float, blend: float) -> dict[int, Weights]:
-    """Give every layer to that of two models which changed it more, by its share of all change.
+def weights_by_change(
+    groups: Mapping[tuple[str, str], Parts], *, threshold: float, blend: float, power: int = 1
+) -> dict[str, Weights]:
+    """Give every layer, or module of a layer, to that of two models which changed it more, by its share of all change.
 
-    Formula: n_x[l] = Σ ‖d_x‖_F / ‖base‖_F over the matrices of layer l, p_x = n_x / Σ_l n_x; the weights are (1, 0)
-    where p_1 − p_2 > threshold, (0, 1) where p_2 − p_1 > threshold, else (blend, 1 − blend). The rule of
-    arXiv 2601.22620's code, by layer. The groups are matrices, under (layer, name).
+    Formula: n_x[k] = (Σ (‖d_x‖_F / ‖base‖_F)^power)^(1/power) over the matrices of k, p_x = n_x / Σ_k n_x; the weights
+    are (1, 0) where p_1 − p_2 > threshold, (0, 1) where p_2 − p_1 > threshold, else (blend, 1 − blend). The groups are
+    matrices, under (k, name). The rule of arXiv 2601.22620's code (00HS/layer-wise_swapping at e9fcde3): power 1 over
+    layers in layer_swap.py, power 2 over attention and mlp of all layers in module_swap.py.
     """
-    sizes: dict[int, list[float]] = {}
-    for (layer, _), parts in groups.items():
+    sizes: dict[str, list[float]] = {}
+    for (key, _), parts in groups.items():
         found = sums_over((d[0].double() ** 2, d[1].double() ** 2, b.double() ** 2) for d, b in parts)
         norms = [math.sqrt(square) for square in found]
-        of_layer = sizes.setdefault(layer, [0.0, 0.0])
+        of_key = sizes.setdefault(key, [0.0, 0.0])
         for model in (0, 1):
-            of_layer[model] += norms[model] / norms[2] if norms[2] else 0.0
-    totals = [math.fsum(of_layer[model] for of_layer in sizes.values()) or 1.0 for model in (0, 1)]
+            of_key[model] += (norms[model] / norms[2]) ** power if norms[2] else 0.0
+    sizes = {key: [size ** (1 / power) for size in of_key] for key, of_key in sizes.items()}
+    totals = [math.fsum(of_key[model] for of_key in sizes.values()) or 1.0 for model in (0, 1)]
     result = {}
-    for layer, (first, second) in sizes.items():
+    for key, (first, second) in sizes.items():
         lead = first / totals[0] - second / totals[1]
-        result[layer] = (1.0, 0.0) if lead > threshold else (0.0, 1.0) if lead < -threshold else (blend, 1 - blend)
+        result[key] = (1.0, 0.0) if lead > threshold else (0.0, 1.0) if lead < -threshold else (blend, 1 - blend)
     return result
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Mapping
 from pathlib import Path
 from textwrap import dedent
@@ -130,6 +131,71 @@ def test_a_first_snapshot_far_from_the_end_is_noted(tmp_path: Path) -> None:
         "run/checkpoint-1: the training loss was 4 there, 1 at the end; skip_first leaves it out",
     )
     assert averaged(tmp_path, "models: run/checkpoint-*, skip_first: 1").notes == ()
+
+
+@pytest.fixture
+def five_runs(tmp_path: Path) -> list[merge.Checkpoint]:
+    """Give the two snapshots each of five runs: run i has 10 i and 10 i + 1."""
+    for i in range(5):
+        for step in (1, 2):
+            snapshot(tmp_path / f"seed-{i}", step, numbered(10.0 * i + step - 1))
+    return [merge.open(tmp_path / f"seed-{i}" / f"checkpoint-{step}") for i in range(5) for step in (1, 2)]
+
+
+def order_on_paper(seed: int, count: int) -> list[int]:
+    """Sort the runs by a number drawn for each."""
+    dice = random.Random(seed)
+    return [i for _, i in sorted((dice.random(), i) for i in range(count))]
+
+
+def test_the_first_runs_are_taken_as_listed(tmp_path: Path, five_runs: list[merge.Checkpoint]) -> None:
+    merged = averaged(tmp_path, "models: seed-*/checkpoint-*, first_runs: 2, last: 1")
+    assert labels(merged) == ("seed-0/checkpoint-2", "seed-1/checkpoint-2")
+    assert merged.notes == ("of 5 runs, these are taken: seed-0/checkpoint-1 … seed-0/checkpoint-2, "
+                            "seed-1/checkpoint-1 … seed-1/checkpoint-2",)  # fmt: skip
+    assert len(five_runs) == 10
+
+
+@pytest.mark.usefixtures("five_runs")
+def test_a_seed_has_one_order_and_more_runs_are_more_of_it(tmp_path: Path) -> None:
+    order = order_on_paper(3, 5)
+    assert order != sorted(order)
+    for count in range(1, 6):
+        merged = averaged(tmp_path, f"models: seed-*/checkpoint-*, shuffle_runs: 3, first_runs: {count}")
+        assert labels(merged) == tuple(f"seed-{i}/checkpoint-{step}" for i in order[:count] for step in (1, 2))
+        assert entry(merged) == pytest.approx(np.mean([10 * i + 0.5 for i in order[:count]]), rel=1e-6)
+        assert merged.notes[0].startswith(f"of 5 runs, shuffled with seed 3, these are taken: seed-{order[0]}/")
+    two = averaged(tmp_path, "models: seed-*/checkpoint-*, shuffle_runs: 3, first_runs: 2, last: 1")
+    receipt = merge.build(two, tmp_path / "out")
+    assert [one["checkpoint"] for one in receipt.inputs] == [f"seed-{i}/checkpoint-2" for i in order[:2]]
+    assert "shuffled with seed 3" in receipt.notes[0]
+
+
+def test_accumulative_averages_are_the_running_means(five_runs: list[merge.Checkpoint]) -> None:
+    found = [entry(merged) for merged in compositions.accumulative_averages(models=five_runs, shuffle_runs=7)]
+    mean, expected = 0.0, []
+    for k, i in enumerate(order_on_paper(7, 5), start=1):
+        mean += (10 * i + 0.5 - mean) / k  # m_k = m_(k-1) + (x_k - m_(k-1)) / k
+        expected.append(mean)
+    assert found == pytest.approx(expected, rel=1e-6)
+    few = compositions.accumulative_averages(models=five_runs, first_runs=2, last=1)
+    assert [entry(merged) for merged in few] == [1.0, 6.0]
+
+
+@pytest.mark.parametrize(
+    ("keys", "what"),
+    [
+        ("first_runs: 6", "of 5 runs the first 6 cannot be taken"),
+        ("shuffle_runs: 1", "the average of all runs does not depend on their order"),
+        ("shuffle_runs: 1, first_runs: 1, weights: [1, 2]", "are in the order of the list, and the runs are shuffled"),
+        ("first_runs: 0", "should be greater than 0"),
+    ],
+)
+@pytest.mark.usefixtures("five_runs")
+def test_an_order_of_runs_that_decides_nothing_is_refused(tmp_path: Path, keys: str, what: str) -> None:
+    with pytest.raises(merge.RecipeError, match=r"average\.yaml:1") as caught:
+        averaged(tmp_path, f"models: seed-*/checkpoint-*, {keys}")
+    assert what in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -313,3 +313,67 @@ def test_auto_takes_no_numbers_of_layers_and_needs_a_base(pair: Pair) -> None:
         "layers: auto needs the base",
         "auto chooses the layers itself, and bottom is given",
     ]
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples" / "models"
+
+
+def shares_in_numpy(name: str, base: Mapping[str, Tensor]) -> dict[tuple[int, str], float]:
+    """Give each (layer, self_attn | mlp)'s share of an expert's change: norms of the projections, in float64."""
+    expert = load_file(EXAMPLES / name / "model.safetensors")
+    squares: dict[tuple[int, str], float] = {}
+    for key, tensor in base.items():
+        if ".layers." in key and tensor.dim() == 2:
+            _, _, layer, which, *_ = key.split(".")
+            before, after = tensor.double().numpy(), expert[key].double().numpy()
+            relative = np.linalg.norm(after - before) / np.linalg.norm(before)
+            squares[int(layer), which] = squares.get((int(layer), which), 0.0) + float(relative) ** 2
+    total = sum(np.sqrt(square) for square in squares.values())
+    return {key: float(np.sqrt(square) / total) for key, square in squares.items()}
+
+
+@pytest.mark.parametrize("threshold", [0.001, 0.03])
+def test_auto_by_module_is_the_rule_in_numpy_on_trained_models(threshold: float, tmp_path: Path) -> None:
+    state = {name: load_file(EXAMPLES / f"{name}-expert" / "model.safetensors") for name in ("task", "language")}
+    base = load_file(EXAMPLES / "base" / "model.safetensors")
+    task, language = (shares_in_numpy(f"{name}-expert", base) for name in ("task", "language"))
+    opened = {name: merge.open(EXAMPLES / f"{name}-expert") for name in ("task", "language")}
+    merged = compositions.layer_swap(
+        **opened, base=merge.open(EXAMPLES / "base"), layers="auto", by="module", threshold=threshold, blend=0.25
+    )
+    merge.build(merged, tmp_path / "out")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    decided = set()
+    for name, tensor in found.items():
+        _, _, layer, which, *_ = [*name.split("."), "", "", ""]
+        if which in ("self_attn", "mlp"):
+            lead = language[int(layer), which] - task[int(layer), which]
+            share = 1.0 if lead > threshold else 0.0 if lead < -threshold else 0.25
+        else:
+            share = 1.0  # norms beside the modules, and what is outside the layers
+        decided.add(share)
+        by_hand = share * state["language"][name].float() + (1 - share) * state["task"][name].float()
+        assert torch.equal(tensor, by_hand.to(torch.bfloat16)), name
+    assert decided >= ({0.0, 1.0} if threshold == 0.001 else {0.0, 0.25, 1.0})
+
+
+def test_auto_by_module_takes_what_lies_inside_a_module_with_it(save_tensors: Save) -> None:
+    inside = "model.layers.{}.self_attn.{}".format
+    more = {inside(i, name): torch.ones(2) for i in range(2) for name in ("q_proj.bias", "q_norm.weight")}
+    base = layers_of(2, 1.0, **more)
+    experts = {"task": {**base}, "language": {**base}}
+    for expert, value in (("task", 3.0), ("language", 5.0)):
+        for name in base:
+            experts[expert][name] = torch.full_like(base[name], value) if base[name].dim() == 1 else base[name]
+    experts["task"][inside(0, "q_proj.weight")] = torch.full((2, 2), 2.0)
+    experts["language"][inside(1, "q_proj.weight")] = torch.full((2, 2), 2.0)
+    opened = {name: merge.open(save_tensors(name, tensors)) for name, tensors in {"base": base, **experts}.items()}
+    merged = compositions.layer_swap(**opened, layers="auto", by="module")
+    for name in ("self_attn.q_proj.bias", "self_attn.q_norm.weight"):
+        assert share_of_language(merged, name) == [3, 5]  # the task expert's attention in layer 0
+    assert share_of_language(merged, "input_layernorm.weight") == [5, 5]
+
+
+def test_by_without_auto_is_refused(pair: Pair) -> None:
+    with pytest.raises(merge.MergeError, match=r"by: says how auto chooses"):
+        compositions.layer_swap(task=pair[0], language=pair[1], bottom=1, top=1, by="module")

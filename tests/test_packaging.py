@@ -31,28 +31,30 @@ SET_UP = (
 )
 LAYERS = (  # a file imports only from layers above its own
     ("merge.errors", "merge.form", "merge.names", "merge.kernels", "merge.storage", "merge.units"),
-    ("merge.dtypes", "merge.operator"),
-    ("merge.tensor_spec", "merge.surveys", "merge.changes", "merge.operators.linear"),
+    ("merge.dtypes", "merge.operator", "merge.bottleneck_config"),
+    ("merge.tensor_spec", "merge.pytorch_diff", "merge.surveys", "merge.changes", "merge.operators.linear"),
     ("merge.companions", "merge.safetensors_file", "merge.torch_file", "merge.writer", "merge.operators.*"),
     ("merge.operators", "merge.hub"),
-    ("merge.registry",),
+    ("merge.registry", "merge.adapter_folder"),
     ("merge.node",),
     ("merge.checkpoint", "merge.evaluate"),
-    ("merge.stored", "merge.composed"),
-    ("merge.adapter", "merge.surveyed"),
+    ("merge.stored", "merge.composed", "merge.in_memory", "merge.selection"),
+    ("merge.adapter", "merge.bottleneck", "merge.fingerprint", "merge.sparse", "merge.sparse_file", "merge.surveyed"),
     ("merge.plan",),
     ("merge.low_rank", "merge.decomposition"),
-    ("merge.receipt",),
+    ("merge.receipt", "merge.describe_bottleneck"),
     ("merge.describe", "merge.model_card", "merge.output"),
     ("merge.execute",),
     ("merge",),
     ("compositions.composition", "compositions.lines", "compositions.reference"),
-    ("compositions.matching", "compositions.zones"),
-    ("compositions.changes", "compositions.lora_folder", "compositions.tensorwise"),
+    (*(f"compositions.{name}" for name in ("masks", "matching", "same_model", "sparse_result", "zones")),),
+    (*(f"compositions.{name}" for name in ("automatic_layers", "changes", "freezing", "sparse_fine_tune")),),
+    ("compositions.lora_folder", "compositions.tensorwise"),
     ("compositions.combine_lora",),
     ("compositions.*",),
     ("compositions.recipe", "compositions.reference_page"),
     ("compositions.compose",),
+    ("compositions.greedy_soup",),
     ("compositions",),
     ("cli",),
 )
@@ -171,9 +173,11 @@ def test_a_lower_package_does_not_know_a_higher_one_even_for_types(package: str,
 def test_merge_has_exactly_these_public_names() -> None:
     assert merge.__all__ == [
         "Adapter",
+        "Bottleneck",
         "Checkpoint",
         "CheckpointError",
         "Composed",
+        "InMemory",
         "MergeError",
         "Operator",
         "OutputError",
@@ -183,6 +187,7 @@ def test_merge_has_exactly_these_public_names() -> None:
         "Receipt",
         "RecipeError",
         "Source",
+        "SparseFineTune",
         "Step",
         "StoredCheckpoint",
         "Survey",
@@ -192,6 +197,8 @@ def test_merge_has_exactly_these_public_names() -> None:
         "make_plan",
         "open",
         "open_adapter",
+        "open_bottleneck",
+        "open_sparse",
         "operator",
         "operators",
     ]
@@ -204,19 +211,40 @@ def test_compositions_has_exactly_these_public_names() -> None:
         "Composition",
         "Ends",
         "Exponential",
+        "Interleaved",
+        "Overlap",
+        "Partition",
         "Recipe",
         "Rule",
+        "Soup",
+        "Term",
+        "Try",
+        "Turns",
         "Zone",
+        "accumulative_averages",
         "average",
+        "average_adapters",
         "changes",
         "compose",
         "composition",
         "extract_lora",
+        "extract_sparse",
+        "freeze_head",
+        "freeze_layers",
+        "greedy_soup",
         "layer_swap",
         "load",
         "lora",
+        "lottery_ticket",
+        "measured_by",
+        "overlaps",
+        "partition_turns",
+        "revert_sparse",
+        "sparse_fine_tune",
+        "stack_adapters",
         "swap_lora",
         "tensorwise",
+        "weight_snapshots",
     ]
     assert all(hasattr(compositions, name) for name in compositions.__all__)
 
@@ -252,7 +280,11 @@ def swap(tmp_path: Path, save_tensors: Callable[[str, Mapping[str, Tensor]], Pat
     return recipe
 
 
-COMMANDS = ("--help", "plan swap.yaml", "check swap.yaml", "show", "show ties", "show layer_swap", "inspect math")
+ADAPTER = ROOT / "tests" / "oracles" / "adapters_1_3_0" / "second"
+COMMANDS = (
+    *("--help", "plan swap.yaml", "check swap.yaml", "show", "show ties", "show layer_swap", "inspect math"),
+    f"inspect {ADAPTER}",
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

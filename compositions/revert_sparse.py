@@ -1,0 +1,68 @@
+"""Sparse fine-tunes taken out of a model again: the base's bytes where they changed it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+from pydantic import Field
+
+from portmanteau.merge import Checkpoint, Composed, MergeError, SparseFineTune
+from portmanteau.merge.errors import Mistake, some
+from portmanteau.merge.node import Node, copy_of
+from portmanteau.merge.sparse import restored
+
+from .composition import composition
+from .matching import match
+from .sparse_fine_tune import OtherBase, fit
+
+
+@composition(source="Ansell et al. 2022 (arXiv 2110.07560); composable-sft's `revert` subtracts, which rounds")
+def revert_sparse(
+    *,
+    tuned: Annotated[Checkpoint, Field(description="the model to take them out of")],
+    base: Annotated[Checkpoint, Field(description="the model that the sparse fine-tunes were made for")],
+    diffs: Annotated[Sequence[SparseFineTune], Field(description="the sparse fine-tunes to take out")],
+    other_base: OtherBase = "error",
+) -> Composed:
+    """Take sparse fine-tunes out of a model: every entry that they change gets the base's bytes again.
+
+    Formula: base where one of them has an entry, else tuned. Tensors that they store whole are the base's again,
+    where it has them. Nothing is subtracted, so nothing is rounded; an entry that another sparse fine-tune, which
+    stays in, changes too is the base's afterwards.
+
+    Raises MergeError, with every mistake found, for models and sparse fine-tunes that do not fit.
+    """
+    matching = match({"tuned": tuned, "base": base}, "tuned", "keep")
+    fitted = [fit(diff, base, other_base) for diff in diffs]
+    mistakes = [mistake for one in fitted for mistake in one.mistakes]
+    if not fitted:
+        mistakes.append(Mistake("diffs", "names no sparse fine-tune"))
+    pairs = {name: met.nodes for name, met in matching.tensors.items() if "tuned" in met.nodes}
+    dtypes = [
+        name
+        for name, pair in pairs.items()
+        if "base" in pair and pair["base"].output.dtype != pair["tuned"].output.dtype
+    ]
+    if dtypes:
+        mistakes.append(
+            Mistake("tuned", f"has another dtype than the base: {some(dtypes)}", "bytes cannot be restored")
+        )
+    if mistakes:
+        raise MergeError.of(mistakes)
+    nodes: dict[str, Node] = {}
+    for name, pair in pairs.items():
+        node, base_node, spec = pair["tuned"], pair.get("base"), tuned.specs[name]
+        label = "tuned"
+        for one in fitted if base_node else ():
+            assert base_node
+            if name in one.dense:
+                node, label = base_node, "base"
+            elif name in one.names:
+                node = restored(spec, node, base_node, one.diff.indices(one.names[name]), one.label)
+        nodes[name] = copy_of(node, spec, label)
+    left = [name for one in fitted for name in one.dense if name in pairs and "base" not in pairs[name]]
+    notes = [note for one in fitted for note in one.notes]
+    if left:
+        notes.append(f"tensors that the base lacks stay: {some(left)}")
+    return Composed("revert_sparse", nodes, tuned.companions, tuple(notes))

@@ -1,0 +1,207 @@
+"""Which entries change most, over all tensors of a checkpoint together: found exactly, in bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from .errors import MergeError
+from .evaluate import GRID
+from .kernels import largest
+from .operator import Parts, mapped
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T = TypeVar("T")
+
+_HIGH = 16  # bits of |x| that the first pass counts by
+_KEPT = 1 << 24  # entries near the boundary that may be held in memory; beyond, more passes are made
+_SAMPLED, _ENOUGH = 16, 64  # one part in so many is looked at first, if that leaves enough of them
+_MARGIN = 0.1  # how far, as a share of k, the first look may be wrong
+_AGAIN = "only so many entries differ from the base: ask for no more"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The k entries of largest magnitude over several tensors.
+
+    Entries whose magnitude is the boundary's are taken in the order of the tensors, then of their index, until there
+    are k of them. Blocks are GRID entries of one tensor.
+
+    Attributes:
+        boundary: the smallest magnitude that is selected.
+        counts: tensor → how many entries are selected in each of its blocks.
+        ties: tensor → how many of them have exactly the boundary's magnitude.
+        considered: how many entries there were to select from.
+
+    """
+
+    boundary: float
+    counts: Mapping[str, Sequence[int]]
+    ties: Mapping[str, Sequence[int]]
+    considered: int
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What a receipt says of it: how many of each tensor's entries were selected."""
+        selected = {name: sum(counts) for name, counts in self.counts.items()}
+        total = sum(selected.values())
+        return {"selected": total, "of": self.considered, "smallest change": self.boundary, "tensors": selected}
+
+
+def select(groups: Mapping[str, Parts], *, count: int) -> Selection:
+    """Select the entries of largest magnitude over all tensors, each a stream of parts (deltas [1, part], base [part]).
+
+    A first look at some of the parts tells about where the boundary lies. One pass over all then counts what lies
+    above that region, and keeps what lies in it. Where the boundary turns out to lie elsewhere, or too much lies with
+    it, a radix selection takes more passes. The result is the same.
+
+    Raises MergeError where fewer entries than that differ from the base.
+    """
+    kept = None if any(map(_is_wide, groups.values())) else _sifted(groups, count, *_region(groups, count))
+    boundary, counts, ties = kept or _by_radix(groups, count)
+    if boundary == 0:
+        changed = sum(int(found) for _, found in _over(groups, lambda deltas, _: (deltas != 0).sum()))
+        raise MergeError("", f"{count:,} entries are asked for, and {changed:,} differ", _AGAIN)
+    return Selection(boundary, counts, ties, sum(parts.entries for parts in groups.values()))
+
+
+def chosen(deltas: Tensor, boundary: float, ties: int) -> Tensor:
+    """Tell which entries of one block are selected: bool [block]."""
+    import torch
+
+    magnitude = deltas.abs()
+    if float(torch.tensor(boundary, dtype=deltas.dtype)) != boundary:  # found among fp64 tensors
+        magnitude = magnitude.double()
+    keep = magnitude > boundary
+    if ties:
+        equal = (magnitude == boundary).nonzero()[:ties, 0]
+        keep[equal] = True
+    return keep
+
+
+Counts = dict[str, list[int]]  # tensor → a number for each of its blocks
+
+
+def _over(groups: Mapping[str, Parts], function: Callable[..., T], every: int = 1) -> Iterator[tuple[str, T]]:
+    """Give function(*part) for every part of all tensors, or one in so many, in order, with the tensor's name."""
+    runs = [(name, run) for name, parts in groups.items() for run in parts.runs()][::every]
+    threads = next(iter(groups.values())).threads
+    return zip((name for name, _ in runs), mapped(function, (run for _, run in runs), threads), strict=True)
+
+
+def _is_wide(parts: Parts) -> bool:
+    import torch
+
+    first = next(iter(parts), None)
+    return first is not None and first[0].dtype == torch.float64
+
+
+def _region(groups: Mapping[str, Parts], count: int) -> tuple[int, int]:
+    """Tell in which region the boundary probably lies: the bits of the lowest |δ| in it, and of the lowest above it."""
+    import torch
+
+    parts = sum(1 for one in groups.values() for _ in one.runs())
+    every = max(1, min(_SAMPLED, parts // _ENOUGH))
+    histogram = torch.zeros(1 << _HIGH, dtype=torch.int64)
+    for _, found in _over(groups, _high_bits, every):
+        histogram += found
+    above = histogram.flip(0).cumsum(0)  # above[i]: entries in the i + 1 highest bins
+    scale = int(above[-1]) / sum(one.entries for one in groups.values())
+    margin = _MARGIN if every > 1 else 0.0
+    wanted = torch.tensor([count * scale * (1 - margin), count * scale * (1 + margin)], dtype=torch.float64)
+    first, last = torch.searchsorted(above.double(), wanted).clamp(max=(1 << _HIGH) - 1).tolist()
+    return (1 << _HIGH) - 1 - last << _HIGH, (1 << _HIGH) - first << _HIGH
+
+
+def _high_bits(deltas: Tensor, _: Tensor) -> Tensor:
+    import torch
+
+    counts: Tensor = torch.bincount(deltas[0].abs().view(torch.int32) >> _HIGH, minlength=1 << _HIGH)
+    return counts
+
+
+def _sifted(groups: Mapping[str, Parts], count: int, low: int, high: int) -> tuple[float, Counts, Counts] | None:
+    """Find the boundary in a region of bits, and the counts of every block; nothing where it is not to be found so."""
+    import torch
+
+    region = torch.empty(_KEPT, dtype=torch.int32)  # one buffer: many small ones would scatter over the heap
+    held, pieces = 0, []
+    for name, (inside, sizes, above) in _over(groups, lambda deltas, _: _sift(deltas[0], low, high)):
+        if held + len(inside) > _KEPT:
+            return None
+        region[held : held + len(inside)] = inside
+        held += len(inside)
+        pieces.append((name, sizes, above))
+    region, wanted = region[:held], count - sum(sum(above) for *_, above in pieces)
+    if not 0 < wanted <= held:
+        return None
+    boundary = region.kthvalue(held - wanted + 1).values
+    ties, start = wanted - int((region > boundary).sum()), 0
+    counts, equals = _empty(groups), _empty(groups)
+    for name, sizes, above in pieces:
+        more, same = list(above), []
+        for i, size in enumerate(sizes):
+            block = region[start : start + size]
+            more[i] += int((block > boundary).sum())
+            same.append(int((block == boundary).sum()))
+            start += size
+        ties = _taken(counts[name], equals[name], more, same, ties)
+    return boundary.view(torch.float32).item(), counts, equals
+
+
+def _sift(delta: Tensor, low: int, high: int) -> tuple[Tensor, list[int], list[int]]:
+    """Give the bits of what lies in a region; and for each block how many these are, and how many lie above."""
+    import torch
+
+    bits = delta.abs().view(torch.int32)
+    blocks = torch.split(bits, GRID) if len(bits) else ()
+    near = bits >= low
+    above = [int((block >= high).sum()) for block in blocks]
+    sizes = [int(block.sum()) - more for block, more in zip(torch.split(near, GRID), above, strict=False)]
+    inside = bits[near]
+    return inside[inside < high], sizes, above
+
+
+def _empty(groups: Mapping[str, Parts]) -> Counts:
+    return {name: [] for name in groups}
+
+
+def _taken(counts: list[int], equals: list[int], more: list[int], same: list[int], ties: int) -> int:
+    """Add the counts of some blocks; give how many entries on the boundary are still to be taken after them."""
+    for above, equal in zip(more, same, strict=True):
+        taken = min(equal, ties)
+        ties -= taken
+        counts.append(above + taken)
+        equals.append(taken)
+    return ties
+
+
+def _by_radix(groups: Mapping[str, Parts], count: int) -> tuple[float, Counts, Counts]:
+    """Find the same with four passes over fp32, six over fp64, whatever the magnitudes are."""
+    import torch
+
+    wide = any(map(_is_wide, groups.values()))
+    kind = torch.float64 if wide else torch.float32
+
+    def stream() -> Iterator[Tensor]:
+        return (deltas.to(kind) for parts in groups.values() for deltas, _ in parts)
+
+    (cut,) = largest(stream, [count])
+    assert cut is not None
+    found = list(_over(groups, lambda deltas, _: _counted(deltas[0].to(kind).abs(), cut.value)))
+    ties = count - sum(sum(above) for _, (above, _) in found)
+    counts, equals = _empty(groups), _empty(groups)
+    for name, (above, same) in found:
+        ties = _taken(counts[name], equals[name], above, same, ties)
+    return cut.value, counts, equals
+
+
+def _counted(magnitude: Tensor, boundary: float) -> tuple[list[int], list[int]]:
+    """Count, in each block of a part, what lies above the boundary and what lies on it."""
+    import torch
+
+    blocks = torch.split(magnitude, GRID) if len(magnitude) else ()
+    return [int((one > boundary).sum()) for one in blocks], [int((one == boundary).sum()) for one in blocks]

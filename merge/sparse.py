@@ -1,0 +1,162 @@
+"""Sparse changes as tensors: dense from positions and values, and positions and values from what is dense."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING, Literal
+
+from .dtypes import torch_dtype
+from .errors import CheckpointError
+from .evaluate import GRID
+from .node import Made, Node, Read
+from .selection import chosen
+from .tensor_spec import TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_FIRST, _SECOND, _THIRD = range(3)
+
+
+def scattered(spec: TensorSpec, indices: Node, values: Node, weight: float, where: str) -> Made:
+    """Make a dense change: weight · values at the positions, and −0 elsewhere, which added changes no bit.
+
+    Args:
+        spec: name, dtype and shape of the dense tensor.
+        indices: flat positions, ascending: int64 [k].
+        values: what stands there: [k].
+        weight: a factor.
+        where: names the file, for errors.
+
+    """
+    return Made(spec, _Scattered(_Positions(spec, indices.output.entries, where), weight), (indices, values))
+
+
+def restored(spec: TensorSpec, tuned: Node, base: Node, indices: Node, where: str) -> Made:
+    """Make a tensor of a tuned one, with the base's entries at the positions. All have `spec`'s dtype."""
+    return Made(spec, _Restored(_Positions(spec, indices.output.entries, where)), (tuned, base, indices))
+
+
+def selected(
+    name: str, tuned: Node, base: Node, boundary: float, counts: Sequence[int], ties: Sequence[int]
+) -> tuple[Made, Made]:
+    """Make positions (int64 [k]) and values ([k]) of the selected entries of tuned − base, both of one shape.
+
+    `boundary`, `counts` and `ties` are those of the Selection. Values are fp32, or fp64 where an input is.
+    """
+    dtype = "F64" if "F64" in (tuned.output.dtype, base.output.dtype) else "F32"
+    offsets = tuple(accumulate(counts, initial=0))
+    made = []
+    for part, kind in (("indices", "I64"), ("values", dtype)):
+        spec = TensorSpec(f"{name}:{part}", kind, (offsets[-1],))
+        maker = _Selected(part, dtype, tuned.output.entries, boundary, offsets, tuple(ties))  # type: ignore[arg-type]
+        made.append(Made(spec, maker, (tuned, base)))
+    return made[0], made[1]
+
+
+@dataclass(frozen=True)
+class _Positions:
+    """Finds, in the stored positions of one tensor, those that lie in a run of it."""
+
+    spec: TensorSpec
+    count: int
+    where: str
+
+    def firsts(self, read: Read, index: int) -> list[int]:
+        """Go through all positions once; give the first of every GRID of them. Raises CheckpointError out of order."""
+        firsts: list[int] = []
+        before = -1
+        for start in range(0, self.count, GRID):
+            run = read(index, slice(start, min(start + GRID, self.count)))
+            if int(run.min()) < 0 or int(run.max()) >= self.spec.entries:
+                raise CheckpointError(
+                    f"{self.where}: {self.spec.name}", f"a position lies outside {list(self.spec.shape)}"
+                )
+            firsts.append(int(run[0]))
+            if firsts[-1] <= before or bool((run[1:] <= run[:-1]).any()):
+                raise CheckpointError(f"{self.where}: {self.spec.name}", "its positions are not in ascending order")
+            before = int(run[-1])
+        return firsts
+
+    def within(self, span: slice, read: Read, index: int, firsts: list[int]) -> tuple[slice, Tensor]:
+        """Give which stored positions lie in a run, as a slice of them, and where in the run they lie."""
+        import torch
+
+        begin = max(0, bisect_right(firsts, span.start) - 1) * GRID
+        end = min(self.count, bisect_right(firsts, span.stop - 1) * GRID)
+        if begin >= end:
+            return slice(begin, begin), torch.empty(0, dtype=torch.int64)
+        run = read(index, slice(begin, end))
+        low, high = torch.searchsorted(run, torch.tensor([span.start, span.stop])).tolist()
+        return slice(begin + low, begin + high), run[low:high] - span.start
+
+
+@dataclass(frozen=True)
+class _Scattered:
+    positions: _Positions
+    weight: float
+
+    def prepare(self, read: Read) -> list[int]:
+        return self.positions.firsts(read, _FIRST)
+
+    def run(self, span: slice, read: Read, prepared: list[int]) -> Tensor:
+        import torch
+
+        dtype = torch_dtype(self.positions.spec.dtype)
+        result = torch.full((span.stop - span.start,), -0.0, dtype=dtype)
+        which, where = self.positions.within(span, read, _FIRST, prepared)
+        if len(where):
+            result[where] = read(_SECOND, which).to(dtype) * self.weight
+        return result
+
+
+@dataclass(frozen=True)
+class _Restored:
+    positions: _Positions
+
+    def prepare(self, read: Read) -> list[int]:
+        return self.positions.firsts(read, _THIRD)
+
+    def run(self, span: slice, read: Read, prepared: list[int]) -> Tensor:
+        result = read(_FIRST, span)
+        _, where = self.positions.within(span, read, _THIRD, prepared)
+        result[where] = read(_SECOND, span)[where]
+        return result
+
+
+@dataclass(frozen=True)
+class _Selected:
+    """Gives a run of the selected entries: finds the blocks in which they lie, and goes through those."""
+
+    part: Literal["indices", "values"]
+    dtype: str
+    entries: int
+    boundary: float
+    offsets: tuple[int, ...]  # where the selected entries of each block begin
+    ties: tuple[int, ...]
+
+    def prepare(self, read: Read) -> None:
+        """Nothing is needed."""
+
+    def run(self, span: slice, read: Read, prepared: None) -> Tensor:
+        """Give a flat run of positions, or of values."""
+        import torch
+
+        dtype = torch_dtype(self.dtype)
+        result = torch.empty(span.stop - span.start, dtype=torch.int64 if self.part == "indices" else dtype)
+        for block in range(bisect_right(self.offsets, span.start) - 1, len(self.ties)):
+            start, first, last = block * GRID, self.offsets[block], self.offsets[block + 1]
+            if first >= span.stop:
+                break
+            if first == last:
+                continue
+            here = slice(start, min(start + GRID, self.entries))
+            deltas = read(_FIRST, here).to(dtype).sub_(read(_SECOND, here).to(dtype))
+            index = chosen(deltas, self.boundary, self.ties[block]).nonzero()[:, 0]
+            values = index + start if self.part == "indices" else deltas[index]
+            low, high = max(first, span.start), min(last, span.stop)
+            result[low - span.start : high - span.start] = values[low - first : high - first]
+        return result
