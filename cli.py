@@ -81,6 +81,7 @@ def build(
             recipe=loaded.text,
             progress=progress,
         )
+    _notes([note for note in receipt.notes if note not in composed.notes])  # what only surveys could tell
     if as_json:
         _print_json({"out": str(out), **asdict(receipt)})
     else:

@@ -6,6 +6,7 @@ from .average_adapters import average_adapters
 from .changes import Changes, changes
 from .compose import compose
 from .composition import Composition, composition
+from .extract_lora import extract_lora
 from .extract_sparse import extract_sparse
 from .freezing import Partition, freeze_head, freeze_layers
 from .greedy_soup import Soup, Try, greedy_soup
@@ -18,6 +19,7 @@ from .recipe import Recipe, load
 from .revert_sparse import revert_sparse
 from .sparse_fine_tune import Term, sparse_fine_tune
 from .stack_adapters import stack_adapters
+from .swap_lora import swap_lora
 from .tensorwise import Rule, tensorwise
 from .weight_snapshots import weight_snapshots
 from .zones import Ends, Zone
@@ -43,6 +45,7 @@ __all__ = [
     "changes",
     "compose",
     "composition",
+    "extract_lora",
     "extract_sparse",
     "freeze_head",
     "freeze_layers",
@@ -57,6 +60,7 @@ __all__ = [
     "revert_sparse",
     "sparse_fine_tune",
     "stack_adapters",
+    "swap_lora",
     "tensorwise",
     "weight_snapshots",
 ]

@@ -230,6 +230,9 @@ class _Reader:
                 self._wrong(("steps", name), f"{name!r} is already the name of a model")
         for name, reference in models.items():
             self._check_place(reference, folder, ("models", name), [])
+            for adapter, _ in reference.lora:
+                if adapter.path not in models:
+                    self._check_place(adapter, folder, ("models", name, "lora"), [])
         for body in bodies:
             for key, value in body.arguments.items():
                 for reference in references(value):

@@ -66,6 +66,10 @@ class Companions:
         """Take every file but the config from another checkpoint."""
         return replace(self, files=other.files)
 
+    def with_texts_of(self, other: Companions) -> Companions:
+        """Add what is written for another: what a survey settled."""
+        return replace(self, texts={**self.texts, **other.texts}, derived={**self.derived, **other.derived})
+
 
 def gather(folder: Path) -> Companions:
     """Find the companions in a checkpoint's folder. Raises CheckpointError for a config that is not JSON."""

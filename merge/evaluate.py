@@ -97,7 +97,7 @@ class Evaluation:
             result = operator.apply(*self._roles(step, tensors), **settings, part=part)
         except PortmanteauError as error:
             raise _located(error, step) from error
-        return result + tensors[-1] if operator.on_deltas else result
+        return result + tensors[-1] if operator.on_deltas and step.inputs.base is not None else result
 
     def _roles(self, step: Step, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return tensors if "base" in step.operator.roles else tensors[:1]

@@ -118,7 +118,8 @@ class Step:
         output: name, dtype and shape of the result.
         operator: what is done.
         settings: its settings for this tensor; a Finding stands for what a survey will find.
-        inputs: the tensors that it is done to: stored ones, or the results of other steps.
+        inputs: the tensors that it is done to: stored ones, or the results of other steps. Where an operator takes
+            deltas and there is no base, they are deltas themselves, and so is the result.
         labels: what the models are called; feeds the random streams.
         why: the recipe line that asked for it.
 
@@ -158,6 +159,7 @@ class Made:
         maker: what makes it.
         inputs: the tensors that it is made of.
         held: bytes that the maker holds at once beside a part.
+        together: what it shares with other tensors, computed once for all: one thread makes them, one after the other.
 
     """
 
@@ -165,6 +167,7 @@ class Made:
     maker: Maker
     inputs: tuple[Node, ...]
     held: int = 0
+    together: object = None
 
 
 Node = Source | Made | Step
