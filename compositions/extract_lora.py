@@ -83,7 +83,9 @@ def extract_lora(
     groups = {name: (Inputs((met.nodes["tuned"],), met.nodes["base"]),) for name, met in looked_at.items()}
     matrices = {name: met.spec.shape for name, met in chosen.items()}
     title = "changes outside the matrices" if energy is None else f"ranks that keep {energy:g} of each change"
-    survey = Survey(title, changes_and_ranks, groups, {"matrices": matrices, "energy": energy})
+    held = max(rows * columns * 8 + min(rows, columns) ** 2 * 16 for rows, columns in matrices.values())
+    settings = {"matrices": matrices, "energy": energy}
+    survey = Survey(title, changes_and_ranks, groups, settings, held if energy is not None else 0)
     return Surveyed("extract_lora", survey, job.settled, job.most, Companions(form=form(_TITLE)), notes)
 
 

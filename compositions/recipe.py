@@ -239,7 +239,8 @@ class _Reader:
                     if reference.path not in names:
                         self._check_place(reference, folder, (*body.path, key), names)
                     elif reference.path in steps and not reference.may_be_step:
-                        self._wrong((*body.path, key), f"{reference.path!r} is a step, which makes a model")
+                        what = f"{reference.path!r} is a step; adapters and sparse fine-tunes are read from disk"
+                        self._wrong((*body.path, key), what, "build it first, by a recipe of its own")
         if output.tokenizer is not None and output.tokenizer.path not in names:
             self._check_place(output.tokenizer, folder, ("output", "tokenizer"), names)
 

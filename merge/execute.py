@@ -65,7 +65,7 @@ class Limits:
         if entry * GRID > self.memory:
             needed = readable(entry * GRID)
             raise OutputError("--memory", f"{readable(self.memory)} is too small: this plan needs {needed}")
-        held = max((_held(step) for step in plan.steps), default=0)
+        held = max((*map(_held, plan.steps), *(survey.held for survey in plan.surveys)), default=0)
         threads = max(1, min(self.threads, self.memory // (entry * GRID), self.memory // max(1, held)))
         share = self.memory // threads
         part = max(GRID, min(LARGEST_PART, share // 2 // entry // GRID * GRID))
@@ -79,7 +79,8 @@ class Limits:
             groups = plan.pending.survey.groups.values()
             largest = session.part * max((_gathered_bytes(inputs) for group in groups for inputs in group), default=0)
         kept = session.keep if any(step.operator.measure for step in plan.steps) else 0
-        return threads * (largest + kept + max((_held(step) for step in plan.steps), default=0))
+        held = max((*map(_held, plan.steps), *(survey.held for survey in plan.surveys)), default=0)
+        return threads * (largest + kept + held)
 
 
 def _entry_bytes(node: Node) -> int:

@@ -80,6 +80,7 @@ class Survey:
         groups: the tensors under the names that the measure knows them by, those that meet in one operation together;
             taken as deltas where there is a base.
         settings: passed on to the measure.
+        held: bytes that the measure holds at once, on each thread, beside a part.
 
     """
 
@@ -87,6 +88,7 @@ class Survey:
     measure: Measure
     groups: Mapping[Any, tuple[Inputs, ...]]
     settings: Mapping[str, Any] = field(default_factory=dict)
+    held: int = 0
 
     def __iter__(self) -> Iterator[Node]:
         """Go through all nodes that it reads."""

@@ -317,7 +317,9 @@ def test_a_recipe_names_the_line_of_every_adapter_that_is_missing(base: Path, tm
 def test_a_step_is_no_adapter_and_a_model_is_none_either(base: Path, tmp_path: Path) -> None:
     path = tmp_path / "lora.yaml"
     path.write_text("steps: {soup: {linear: {models: [./base]}}}\nmerge: {lora: {base: ./base, adapters: {soup: 1}}}\n")
-    with pytest.raises(merge.RecipeError, match=r"lora\.yaml:2: 'soup' is a step, which makes a model"):
+    with pytest.raises(
+        merge.RecipeError, match=r"lora\.yaml:2: 'soup' is a step; adapters and sparse fine-tunes are read"
+    ):
         compositions.load(path)
     with pytest.raises(merge.RecipeError, match=r"lora\.yaml:1: .*base: holds no adapter_config\.json"):
         recipe(tmp_path, "{./base: 1.0}")

@@ -510,5 +510,5 @@ def test_a_sparse_fine_tune_is_no_step(pair: tuple[Path, Path], tmp_path: Path) 
         merge: {sparse_fine_tune: {base: base, diffs: [sft]}}
         """
     (tmp_path / "r.yaml").write_text(dedent(text), encoding="utf-8")
-    with pytest.raises(RecipeError, match="'sft' is a step, which makes a model"):
+    with pytest.raises(RecipeError, match="'sft' is a step; adapters and sparse fine-tunes are read"):
         compositions.load(tmp_path / "r.yaml")
