@@ -23,7 +23,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -74,7 +74,17 @@ SETTINGS = {
         noise=0.1,
     ),
 }
-QUICK = Setting((1e-4, 1e-3), (32,), (0, 1), epochs=4, examples=64, tested=50, pretraining=3)
+QUICK = partial(
+    replace,
+    learning_rates=(1e-4, 1e-3),
+    batches=(32,),
+    seeds=(0, 1),
+    epochs=4,
+    examples=64,
+    tested=50,
+    pretraining=3,
+    middle=(1e-3, 32),
+)
 
 
 @dataclass(frozen=True)
@@ -242,7 +252,8 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     with tempfile.TemporaryDirectory() as scratch:
-        setting = QUICK if arguments.quick else SETTINGS[arguments.setting]
+        setting = SETTINGS[arguments.setting]
+        setting = QUICK(setting) if arguments.quick else setting
         folder = arguments.runs or Path(scratch)
         results = Experiment(World(arguments.world), setting, arguments.split, folder).measure()
     if arguments.out:
