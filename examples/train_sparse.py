@@ -2,7 +2,7 @@
 
     python examples/train_sparse.py DEST [--density 0.08] [--quick]
 
-Lottery-ticket sparse fine-tuning (LT-SFT) by `compositions.lottery_ticket`: train all weights, keep the share of them
+Lottery-ticket sparse fine-tuning (LT-SFT) by `training.lottery_ticket`: train all weights, keep the share of them
 that changed most, set everything back, train only those. The world, the text and the base are those of
 `train_experts.py` and `models/`; norms and the output head are held still, so the two can be added to each other.
 
@@ -31,7 +31,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PrinterCallback, Traine
 from transformers.utils.logging import disable_progress_bar
 
 from portmanteau import merge
-from portmanteau.compositions import lottery_ticket
+from portmanteau.compositions.training import lottery_ticket
 
 MODELS = Path(__file__).parent / "models"
 HELD_STILL = ("lm_head.*", "*norm*")

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from transformers import BertForSequenceClassification, PreTrainedConfig, PreTrainedModel, Trainer, TrainerCallback
 
 from portmanteau import compositions, merge
-from portmanteau.compositions.lottery_ticket import Phase, fine_tune
-from portmanteau.compositions.masks import masked, select
-from portmanteau.compositions.sparse_result import SparseFineTuning, names_in
+from portmanteau.compositions.training.lottery_ticket import Phase, fine_tune
+from portmanteau.compositions.training.masks import masked, select
+from portmanteau.compositions.training.sparse_result import SparseFineTuning, names_in
 from tests.conftest import SaveLlama
 from tests.oracles.lottery_ticket import FIXTURES, RUNS, Run, arguments, digest, examples, load_model
 
