@@ -93,7 +93,17 @@ def _folded(base: Checkpoint, weights: Mapping[Adapter, float], notes: tuple[str
         raise MergeError.of(mistakes)
     terms = [_Term(one, float(weights[one.adapter])) for one in fitted]
     nodes = {name: _step(base.node(name), spec, terms) for name, spec in base.specs.items()}
-    return Composed("lora", nodes, base.companions, (*notes, *(note for one in fitted for note in one.notes)))
+    told = (*notes, *(note for one in fitted for note in one.notes), *_lacking(fitted))
+    return Composed("lora", nodes, base.companions, told)
+
+
+def _lacking(fitted: Sequence[_Fitted]) -> Iterator[str]:
+    """Say which adapters change nothing where others do."""
+    every = {name for one in fitted for name in one.changes}
+    for one in fitted:
+        lacking = sorted(every - one.changes.keys() - one.saved.keys())
+        if lacking:
+            yield f"{one.adapter.label}: lacks {len(lacking)} modules of the others, so adds nothing to {some(lacking)}"
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """AdapterHub's bottleneck adapters: read, averaged, stacked and inspected.
 
-The folders in `tests/oracles/adapters_1_3_0/` were written by the library adapters 1.3.0; the script beside says how.
+The folders in `tests/oracles/fixtures/adapters_1_3_0/` were written by the library adapters 1.3.0; the script
+`tests/oracles/adapters_1_3_0.py` says how.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typer.testing import CliRunner
 from portmanteau import compositions, merge
 from portmanteau.cli import app
 
-ORACLE = Path(__file__).parent / "oracles" / "adapters_1_3_0"
+ORACLE = Path(__file__).parent / "oracles" / "fixtures" / "adapters_1_3_0"
 
 
 def saved(name: str) -> dict[str, Tensor]:

@@ -53,7 +53,7 @@ BALLAST = {
     "README.md": b"# card",
     ".gitattributes": b"",
 }
-BOTTLENECK = Path(__file__).parent / "oracles" / "adapters_1_3_0" / "task"
+BOTTLENECK = Path(__file__).parent / "oracles" / "fixtures" / "adapters_1_3_0" / "task"
 REPOSITORIES: dict[str, dict[str, Files]] = {
     "org/both": {MAIN: {**COMPANIONS, **BALLAST, "model.safetensors": weights(x=1), "pytorch_model.bin": b"huge"}},
     "org/shards": {

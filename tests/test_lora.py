@@ -534,3 +534,16 @@ def test_a_lora_that_does_not_fit_its_model_is_named_by_line(base: Path, save_ll
         composed(tmp_path, "merge: {linear: {models: [{path: ./base, lora: [./swahili, ./swahili]}]}}\n")
     with pytest.raises(merge.RecipeError, match="an adapter takes no lora"):
         composed(tmp_path, "merge: {lora: {base: ./base, adapters: [{path: ./swahili, lora: ./swahili}]}}\n")
+
+
+def test_a_module_that_one_adapter_lacks_is_counted_as_zero_and_said(base: Path, tmp_path: Path) -> None:
+    both = save_adapter(base, tmp_path / "both", target_modules=["q_proj", "v_proj"])
+    one = save_adapter(base, tmp_path / "one", seed=2, target_modules=["q_proj"])
+    made = folded(base, both, one)
+    alone = folded(base, both)
+    name = "model.layers.0.self_attn.v_proj.weight"
+    torch.testing.assert_close(made[name], alone[name], rtol=0, atol=0)
+    (note,) = made.notes
+    assert note.startswith(f"{one}: lacks ")
+    assert name in note
+    assert alone.notes == ()

@@ -276,7 +276,7 @@ def swap(tmp_path: Path, save_tensors: Callable[[str, Mapping[str, Tensor]], Pat
     return recipe
 
 
-ADAPTER = ROOT / "tests" / "oracles" / "adapters_1_3_0" / "second"
+ADAPTER = ROOT / "tests" / "oracles" / "fixtures" / "adapters_1_3_0" / "second"
 COMMANDS = (
     *("--help", "plan swap.yaml", "check swap.yaml", "show", "show ties", "show layer_swap", "inspect math"),
     f"inspect {ADAPTER}",

@@ -5,7 +5,8 @@
         requests torch==2.13.0
     oracle/bin/python tests/oracles/adapters_1_3_0.py fixtures
 
-writes the folders in `tests/oracles/adapters_1_3_0/`, which tests compare with. Tests marked `adapters` call `outputs`:
+writes the folders in `tests/oracles/fixtures/adapters_1_3_0/`, which tests compare with. Tests marked `adapters` call
+`outputs`:
 
     oracle/bin/python tests/oracles/adapters_1_3_0.py outputs QUESTIONS.json ANSWERS.safetensors
 """
@@ -25,7 +26,7 @@ from adapters.composition import Stack
 from safetensors.torch import save_file
 from transformers import BertConfig, BertModel
 
-FOLDER = Path(__file__).with_suffix("")
+FOLDER = Path(__file__).parent / "fixtures" / Path(__file__).stem
 TINY: dict[str, Any] = {
     "hidden_size": 16,
     "intermediate_size": 16,
