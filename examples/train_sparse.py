@@ -57,6 +57,11 @@ class Sort:
     learning_rate: float
 
 
+def sorts(batches: Batches) -> tuple[Sort, Sort]:
+    """Give what is trained: the task in A, and plain text in B."""
+    return Sort("task", batches.task, 3e-3), Sort("language", batches.language, 2e-3)
+
+
 @dataclass(frozen=True)
 class Training:
     """Makes the trainers of one sparse fine-tune."""
@@ -121,7 +126,7 @@ def main() -> None:
     batches = Batches(
         Writer(world, random.Random(f"sparse text {given.seed}")), AutoTokenizer.from_pretrained(MODELS / "base")
     )
-    for sort in (Sort("task", batches.task, 3e-3), Sort("language", batches.language, 2e-3)):
+    for sort in sorts(batches):
         with tempfile.TemporaryDirectory() as scratch:
             training = Training(sort, QUICK if given.quick else FULL, given.seed, scratch)
             print(train(training, base, given.density, given.folder / sort.name), flush=True)

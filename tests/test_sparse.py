@@ -295,6 +295,15 @@ def test_taking_out_restores_the_bytes_of_the_base(pair: tuple[Path, Path], tmp_
     assert one["norm.weight"][29] != left["norm.weight"][29]
 
 
+def test_taking_out_of_a_nested_sum_restores_16_bit_bytes_too(save_tensors: SaveTensors, tmp_path: Path) -> None:
+    base = save_tensors("base", awkward(0, torch.bfloat16))
+    opened, diffs = merge.open(base), [a_diff(base)]
+    both = compositions.sparse_fine_tune(base=opened, diffs=diffs)  # not written in between, so in fp32
+    assert both["norm.weight"][29] != opened["norm.weight"][29]
+    merge.build(compositions.revert_sparse(tuned=both, base=opened, diffs=diffs), tmp_path / "none")
+    assert equal_bytes(tmp_path / "none", base)
+
+
 # files
 
 
