@@ -41,8 +41,8 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from portmanteau import compositions, merge
-from portmanteau.compositions import lottery_ticket
-from portmanteau.compositions.masks import masked
+from portmanteau.compositions.training import lottery_ticket
+from portmanteau.compositions.training.masks import masked
 from portmanteau.compositions.sparse_result import Entries, SparseFineTuning
 from portmanteau.merge.names import matches
 

@@ -389,6 +389,13 @@ def test_code_in_a_published_file_is_never_run(tmp_path: Path) -> None:
     assert not Path("/tmp/portmanteau-was-here").exists()
 
 
+def test_the_card_of_what_was_in_memory_claims_no_parents(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    merge.build(a_diff(pair[0]).stored, tmp_path / "sft")
+    card = (tmp_path / "sft" / "README.md").read_text(encoding="utf-8")
+    assert "from tensors in memory" in card
+    assert "without training" not in card
+
+
 def test_both_files_of_one_extraction_say_the_same(pair: tuple[Path, Path], tmp_path: Path) -> None:
     merge.build(extracted(*pair, count=500, pytorch_diff=True), tmp_path / "sft")
     ours, published = (
