@@ -43,7 +43,7 @@ from transformers.utils.logging import disable_progress_bar
 from portmanteau import compositions, merge
 from portmanteau.compositions.training import lottery_ticket
 from portmanteau.compositions.training.masks import masked
-from portmanteau.compositions.sparse_result import Entries, SparseFineTuning
+from portmanteau.compositions.training.sparse_result import Entries, SparseFineTuning
 from portmanteau.merge.names import matches
 
 NAMES = ("task", "language")
