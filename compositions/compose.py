@@ -88,7 +88,7 @@ class _Composer:
             raise CheckpointError("lora", "an adapter is named twice", "give it a weight instead")
         return lora(base=base, adapters=adapters).called(base.label)
 
-    def _step(self, name: str) -> Composed | Surveyed:
+    def _step(self, name: str) -> Composed:
         body = self._recipe.steps[name]
         if name in self._under_way:
             where = self._recipe.document.where(body.path)
@@ -96,6 +96,12 @@ class _Composer:
         self._under_way.append(name)
         made = self._composed(body)
         self._under_way.pop()
+        if isinstance(made, Surveyed):
+            where, what = (
+                self._recipe.document.where(body.path),
+                f"{body.name} makes no model that a step could stand for",
+            )
+            raise RecipeError(where, what, "build it first, by a recipe of its own")
         return made.called(name)
 
     def _composed(self, body: Body) -> Composed | Surveyed:

@@ -528,3 +528,16 @@ def test_a_sparse_fine_tune_is_no_step(pair: tuple[Path, Path], tmp_path: Path) 
     (tmp_path / "r.yaml").write_text(dedent(text), encoding="utf-8")
     with pytest.raises(RecipeError, match="'sft' is a step; adapters and sparse fine-tunes are read"):
         compositions.load(tmp_path / "r.yaml")
+
+
+def test_no_weights_are_read_to_find_that_a_sparse_fine_tune_is_no_model(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    text = """\
+        steps:
+          sft: {extract_sparse: {base: base, tuned: tuned, count: 3}}
+        merge: {linear: {models: [sft, base]}}
+        """
+    (tmp_path / "r.yaml").write_text(dedent(text), encoding="utf-8")
+    with pytest.raises(RecipeError, match=r"r\.yaml:2: extract_sparse makes no model"):
+        compositions.compose(compositions.load(tmp_path / "r.yaml"))
