@@ -97,11 +97,8 @@ class _Composer:
         made = self._composed(body)
         self._under_way.pop()
         if isinstance(made, Surveyed):
-            where, what = (
-                self._recipe.document.where(body.path),
-                f"{body.name} makes no model that a step could stand for",
-            )
-            raise RecipeError(where, what, "build it first, by a recipe of its own")
+            where = self._recipe.document.where(body.path)
+            raise RecipeError(where, f"{body.name} makes no model", "build it first, by a recipe of its own")
         return made.called(name)
 
     def _composed(self, body: Body) -> Composed | Surveyed:

@@ -23,7 +23,7 @@ from transformers import BertModel
 from portmanteau import compositions, merge
 
 SCRIPT = Path(__file__).parent / "oracles" / "adapters_1_3_0.py"
-FOLDER = SCRIPT.with_suffix("")
+FOLDER = SCRIPT.parent / "fixtures" / SCRIPT.stem
 INPUT = torch.tensor([[1, 5, 9, 23, 2, 7], [3, 3, 20, 11, 8, 4]])
 NEEDED = ("adapters==1.3.0", "transformers==4.57.6", "huggingface_hub<1", "datasets<4", "accelerate<2", "requests")
 Tensors = Mapping[str, Tensor]

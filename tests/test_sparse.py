@@ -530,9 +530,7 @@ def test_a_sparse_fine_tune_is_no_step(pair: tuple[Path, Path], tmp_path: Path) 
         compositions.load(tmp_path / "r.yaml")
 
 
-def test_no_weights_are_read_to_find_that_a_sparse_fine_tune_is_no_model(
-    pair: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_what_a_survey_must_settle_is_no_model(pair: tuple[Path, Path], tmp_path: Path) -> None:
     text = """\
         steps:
           sft: {extract_sparse: {base: base, tuned: tuned, count: 3}}
