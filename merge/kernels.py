@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -241,8 +241,8 @@ def keep_at_random(values: Tensor, density: float | Tensor, seed: int, stream: i
 
     key, count = stream ^ (seed * _GOLDEN), values.numel()
     kept = torch.empty(count, dtype=torch.bool, device=values.device)
-    one_limit = round(density * (1 << 53)) if isinstance(density, float | int) else None
-    limits = density.reshape(-1).double() if one_limit is None else None
+    limits = density.reshape(-1).double() if isinstance(density, torch.Tensor) else None
+    limit: Any = None if limits is not None else round(density * (1 << 53))
     steps = torch.arange(1, _DRAWS + 1, dtype=torch.int64, device=values.device).mul_(_GOLDEN)
     state, shifted = torch.empty_like(steps), torch.empty_like(steps)
     for first in range(0, count, _DRAWS):  # in blocks that stay in the cache
@@ -251,7 +251,8 @@ def keep_at_random(values: Tensor, density: float | Tensor, seed: int, stream: i
         torch.add(steps[block], _signed((key + (start + first) * _GOLDEN) & _MASK_64), out=draw)
         for bits, factor in ((30, _MIX_1), (27, _MIX_2), (31, 1)):
             draw.bitwise_xor_(_shift(draw, bits, spare)).mul_(factor)
-        limit = limits[first : first + _DRAWS].mul(1 << 53).round_().long() if limits is not None else one_limit
+        if limits is not None:
+            limit = limits[first : first + _DRAWS].mul(1 << 53).round_().long()
         torch.lt(_shift(draw, 11, spare), limit, out=kept[first : first + _DRAWS])  # 53 bits
     return kept.view(values.shape)
 
