@@ -9,7 +9,7 @@ import math
 import pkgutil
 import typing
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -78,9 +78,9 @@ def mixed(shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 def applied(operator: Operator, stack: Tensor, base: Tensor | None = None, **chosen: Any) -> Tensor:
-    """Call the function as a user does: models, or deltas, and the base where it is asked for."""
-    base = torch.zeros_like(stack[0]) if base is None else base
-    return operator.apply(*(base if role == "base" else stack for role in operator.roles), **chosen)
+    """Call the function as a user does: models, or deltas, and what goes with them where it is asked for."""
+    beside = {"base": torch.zeros_like(stack[0]) if base is None else base, "importances": stack.abs()}
+    return operator.apply(*(beside.get(role, stack) for role in operator.roles), **chosen)
 
 
 def stack_of(operator: Operator, shape: tuple[int, ...], *, make: Any = awkward) -> Tensor:
@@ -114,7 +114,11 @@ def step_of(
 
     inputs = tuple(source(model, str(i)) for i, model in enumerate(models))
     output = TensorSpec("x", from_torch(dtype or models.dtype), tuple(base.shape))
-    return Step(output, operator, resolved, Inputs(inputs, source(base, "base") if operator.takes_base else None))
+    own_base = source(base, "base") if operator.takes_base else None
+    importances = tuple(source(model.abs(), str(i)) for i, model in enumerate(models))
+    return Step(
+        output, operator, resolved, Inputs(inputs, own_base, importances if "importances" in operator.roles else ())
+    )
 
 
 def made(step: Step, session: Session) -> Tensor:
@@ -194,6 +198,14 @@ def test_inputs_are_left_alone(operator: Operator) -> None:
         result.fill_(77.0)  # nor is the result a view into them
         assert_same_bits(stack, kept[0])
         assert_same_bits(base, kept[1])
+
+
+@pytest.mark.parametrize("operator", [one for one in ALL.values() if "vectors" in one.roles], ids=named)
+def test_without_a_base_models_are_merged_as_they_are(operator: Operator) -> None:
+    models = stack_of(operator, (50,), make=smooth)
+    inputs = Inputs(step_of(operator, models, models[0], {}).inputs.models)
+    step = replace(step_of(operator, models, models[0], {}), inputs=inputs)
+    assert_same_bits(made(step, Session()), operator.apply(models))
 
 
 SESSIONS = (Session(1 << 16, keep=0), Session(1 << 16, keep=1 << 30), Session(1 << 17, keep=0), Session(1 << 20))
