@@ -55,7 +55,7 @@ def test_a_built_fisher_merge_reads_models_and_fishers(tmp_path: Path) -> None:
     receipt = merge.build(merged, tmp_path / "out")
     built = merge.open(tmp_path / "out")
     torch.testing.assert_close(built[WEIGHT], torch.tensor([[2.0, 4.0, 3.0]]))
-    assert {"a", "b", "fisher-a", "fisher-b"} <= {Path(one["label"]).name for one in receipt.inputs}
+    assert {"a", "b", "fisher-a", "fisher-b"} <= {Path(one["checkpoint"]).name for one in receipt.inputs}
 
 
 @pytest.mark.usefixtures("saved")

@@ -115,10 +115,9 @@ def step_of(
     inputs = tuple(source(model, str(i)) for i, model in enumerate(models))
     output = TensorSpec("x", from_torch(dtype or models.dtype), tuple(base.shape))
     own_base = source(base, "base") if operator.takes_base else None
-    importances = tuple(source(model.abs(), str(i)) for i, model in enumerate(models))
-    return Step(
-        output, operator, resolved, Inputs(inputs, own_base, importances if "importances" in operator.roles else ())
-    )
+    weighed = models if "importances" in operator.roles else ()
+    importances = tuple(source(model.abs(), str(i)) for i, model in enumerate(weighed))
+    return Step(output, operator, resolved, Inputs(inputs, own_base, importances))
 
 
 def made(step: Step, session: Session) -> Tensor:
@@ -335,6 +334,38 @@ def test_models_beyond_the_fixed_number_are_refused(operator: Operator) -> None:
 def test_values_for_another_number_of_models_are_refused() -> None:
     with pytest.raises(MergeError, match="3 values for 2 models"):
         merge.operators.linear(torch.ones(2, 4), weight=[1.0, 2.0, 3.0])
+
+
+def test_probabilities_outside_zero_and_one_are_refused() -> None:
+    assert ALL["della"].refuses(2, {"density": 0.9}) == (
+        "density ± epsilon is 0.9 ± 0.15: both ends must lie between 0 and 1"
+    )
+    assert "0.1 ± 0.2" in ALL["della"].refuses(2, {"density": (0.5, 0.1), "epsilon": 0.2})
+    assert ALL["della"].refuses(2, {"density": 1.0}) == ""
+
+
+@pytest.mark.parametrize("name", ["dare", "della", "ties", "breadcrumbs"])
+def test_weights_that_cancel_cannot_divide(name: str) -> None:
+    chosen = {"weight": (1.0, -1.0), "elect": "none", "divide": "weights"}
+    assert ALL[name].refuses(2, chosen) == "the weights sum to zero"
+    assert ALL[name].refuses(2, {**chosen, "elect": "weighted"}) == ""
+
+
+@pytest.mark.parametrize("name", ["nuslerp", "karcher", "multislerp"])
+def test_weights_that_cancel_cannot_be_normalised(name: str) -> None:
+    assert "sum to zero" in ALL[name].refuses(2, {"weight": (1.0, -1.0), "normalize": True})
+
+
+def test_one_model_has_no_angle() -> None:
+    assert ALL["model_stock"].refuses(1, {}) == "takes two models or more, and 1 is given"
+
+
+def test_directions_that_cancel_are_refused() -> None:
+    three = torch.tensor([[1.0, 0.0], [-0.5, 0.75**0.5], [-0.5, -(0.75**0.5)]], dtype=torch.float64)
+    with pytest.raises(MergeError, match="directions of the models cancel"):
+        merge.operators.multislerp(three)
+    opposite = merge.operators.multislerp(torch.tensor([[3.0], [-1.0]]))  # as linear
+    torch.testing.assert_close(opposite, torch.tensor([1.0]))
 
 
 def test_tensors_that_differ_are_not_equal() -> None:
