@@ -180,13 +180,13 @@ class _Job:
         labels = rule.models if rule and rule.models else self.models
         why = rule.why if rule else ""
         models = tuple(met.nodes[label] for label in labels)
-        if not is_float(met.spec.dtype):
-            return Step(
-                met.spec, operator if operator.name == "copy" else find("equal"), {}, Inputs(models), labels, why
-            )
+        if not is_float(met.spec.dtype) and operator.name != "copy":
+            return Step(met.spec, find("equal"), {}, Inputs(models), labels, why)
         base = met.nodes[self.base] if self.base is not None and operator.takes_base else None
         depth = place.depth if place else 0.0
         settings = {s.name: self._value(s, rule, labels, depth) for s in operator.settings.values()}
+        if not is_float(met.spec.dtype) and not is_packed(met.spec.dtype):
+            settings = {}  # counters and the like are never multiplied
         return Step(met.spec, operator, settings, Inputs(models, base), labels, why)
 
     def _value(self, setting: Setting, rule: Rule | None, labels: tuple[str, ...], depth: float) -> Any:
