@@ -10,13 +10,23 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from portmanteau.merge import Adapter, Checkpoint, SparseFineTune, open_adapter, open_sparse
+from portmanteau.merge import (
+    Adapter,
+    Bottleneck,
+    Checkpoint,
+    SparseFineTune,
+    open_adapter,
+    open_bottleneck,
+    open_sparse,
+)
 from portmanteau.merge import open as open_checkpoint
 from portmanteau.merge.hub import is_hub_id
+
+Weight = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Reference(BaseModel):
@@ -28,11 +38,20 @@ class Reference(BaseModel):
 
     path: str
     revision: str | None = None
+    lora: tuple[tuple[AdapterReference, Weight], ...] = ()  # adapters that are folded in, with their weights
 
     @model_validator(mode="before")
     @classmethod
     def _from_text(cls, value: Any) -> Any:
         return {"path": value} if isinstance(value, str) else value
+
+    @field_validator("lora", mode="before")
+    @classmethod
+    def _weighted(cls, value: Any) -> Any:
+        """Read one adapter, a list of them, or a mapping from adapters to weights; the long form is one adapter."""
+        if isinstance(value, dict) and "path" not in value:
+            return tuple(value.items())
+        return tuple(one if isinstance(one, tuple) else (one, 1.0) for one in _listed(value))
 
     def local(self, folder: Path) -> Path:
         """Give the path that it would be on this machine, relative to the recipe's folder."""
@@ -48,7 +67,7 @@ class Reference(BaseModel):
         if not self.is_pattern:
             return [self]
         found = sorted(glob.glob(self.path, root_dir=folder), key=_numbers_as_numbers)  # noqa: PTH207 - keeps the path as written
-        return [type(self)(path=path) for path in found]
+        return [self.model_copy(update={"path": path}) for path in found]
 
     def is_on_hub(self, folder: Path) -> bool:
         """Tell whether it is no local path, and has the form of a Hub id."""
@@ -61,6 +80,22 @@ class AdapterReference(Reference):
     may_be_step: ClassVar[bool] = False
     opener: ClassVar[Callable[..., Any]] = staticmethod(open_adapter)
 
+    @model_validator(mode="after")
+    def _alone(self) -> Self:
+        if self.lora:
+            raise ValueError("an adapter takes no lora: name both in one list")
+        return self
+
+
+Reference.model_rebuild()
+
+
+class BottleneckReference(Reference):
+    """What stands for a bottleneck adapter in a recipe."""
+
+    may_be_step: ClassVar[bool] = False
+    opener: ClassVar[Callable[..., Any]] = staticmethod(open_bottleneck)
+
 
 class SparseReference(Reference):
     """What stands for a sparse fine-tune in a recipe."""
@@ -72,6 +107,7 @@ class SparseReference(Reference):
 _KINDS: Mapping[Any, type[Reference]] = {
     Checkpoint: Reference,
     Adapter: AdapterReference,
+    Bottleneck: BottleneckReference,
     SparseFineTune: SparseReference,
 }
 
@@ -83,7 +119,7 @@ def _numbers_as_numbers(path: str) -> list[str | int]:
 
 def _listed(value: Any) -> Any:
     """Let one reference stand for a list of one."""
-    return value if isinstance(value, list) else [value]
+    return value if isinstance(value, list | tuple) else [value]
 
 
 def as_reference(annotation: Any) -> Any:
@@ -103,9 +139,10 @@ def as_reference(annotation: Any) -> Any:
 
 
 def references(value: Any) -> Iterator[Reference]:
-    """Go through the references in a validated value."""
+    """Go through the references in a validated value, those of adapters inside them too."""
     if isinstance(value, Reference):
         yield value
+        yield from (adapter for adapter, _ in value.lora)
     elif isinstance(value, Mapping):
         for key, one in value.items():
             yield from references(key)

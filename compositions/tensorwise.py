@@ -160,6 +160,11 @@ def _single_values(setting: Setting, value: Any, inner: Path = ()) -> Iterator[t
         yield inner, value
 
 
+def step_on_deltas(operator: str, settings: Mapping[str, Any], met: Met, place: Place | None) -> Step:
+    """Make the step of one operator over tensors that are deltas already; settings as `tensorwise` takes them."""
+    return _Job(tuple(met.nodes), None, operator, settings, ()).step(met, place)
+
+
 @dataclass(frozen=True)
 class _Job:
     """What is asked for, apart from any one tensor."""

@@ -121,12 +121,16 @@ def test_show_lists_everything_and_explains_one(tmp_path: Path) -> None:
     names = [row["name"] for row in json.loads(run("show", "--json").stdout)]
     assert names == [
         "average",
+        "average_adapters",
+        "extract_lora",
         "extract_sparse",
         "fisher",
         "layer_swap",
         "lora",
         "revert_sparse",
         "sparse_fine_tune",
+        "stack_adapters",
+        "swap_lora",
         "arcee_fusion",
         "breadcrumbs",
         "consensus",

@@ -31,25 +31,30 @@ SET_UP = (
 )
 LAYERS = (  # a file imports only from layers above its own
     ("merge.errors", "merge.form", "merge.names", "merge.kernels", "merge.storage", "merge.units"),
-    ("merge.dtypes", "merge.operator"),
+    ("merge.dtypes", "merge.operator", "merge.bottleneck_config"),
     ("merge.tensor_spec", "merge.pytorch_diff", "merge.surveys", "merge.changes", "merge.operators.linear"),
     ("merge.thinning", "merge.inner_products"),
     ("merge.companions", "merge.safetensors_file", "merge.torch_file", "merge.writer", "merge.operators.*"),
     ("merge.operators", "merge.hub"),
-    ("merge.registry",),
+    ("merge.registry", "merge.adapter_folder"),
     ("merge.node",),
     ("merge.checkpoint", "merge.evaluate"),
     ("merge.stored", "merge.composed", "merge.in_memory", "merge.selection"),
-    ("merge.adapter", "merge.fingerprint", "merge.sparse", "merge.sparse_file", "merge.surveyed"),
+    ("merge.adapter", "merge.bottleneck", "merge.fingerprint", "merge.sparse", "merge.sparse_file", "merge.surveyed"),
     ("merge.plan",),
-    ("merge.low_rank",),
-    ("merge.receipt",),
+    ("merge.low_rank", "merge.decomposition"),
+    ("merge.receipt", "merge.describe_bottleneck", "merge.describe_sparse"),
     ("merge.describe", "merge.model_card", "merge.output"),
     ("merge.execute",),
     ("merge",),
     ("compositions.composition", "compositions.lines", "compositions.reference"),
-    ("compositions.matching", "compositions.zones"),
-    (*(f"compositions.{name}" for name in ("automatic_layers", "changes", "freezing", "sparse_fine_tune")),),
+    ("compositions.matching", "compositions.same_model", "compositions.zones"),
+    ("compositions.automatic_layers", "compositions.changes", "compositions.sparse_fine_tune"),
+    ("compositions.training.masks", "compositions.training.sparse_result", "compositions.training.freezing"),
+    ("compositions.training.*",),
+    ("compositions.training",),
+    ("compositions.lora_folder", "compositions.tensorwise"),
+    ("compositions.combine_lora",),
     ("compositions.*",),
     ("compositions.recipe", "compositions.reference_page"),
     ("compositions.compose",),
@@ -172,6 +177,7 @@ def test_a_lower_package_does_not_know_a_higher_one_even_for_types(package: str,
 def test_merge_has_exactly_these_public_names() -> None:
     assert merge.__all__ == [
         "Adapter",
+        "Bottleneck",
         "Checkpoint",
         "CheckpointError",
         "Composed",
@@ -195,6 +201,7 @@ def test_merge_has_exactly_these_public_names() -> None:
         "make_plan",
         "open",
         "open_adapter",
+        "open_bottleneck",
         "open_sparse",
         "operator",
         "operators",
@@ -208,36 +215,34 @@ def test_compositions_has_exactly_these_public_names() -> None:
         "Composition",
         "Ends",
         "Exponential",
-        "Interleaved",
         "Overlap",
-        "Partition",
         "Recipe",
         "Rule",
         "Soup",
         "Term",
         "Try",
-        "Turns",
         "Zone",
         "accumulative_averages",
         "average",
+        "average_adapters",
         "changes",
         "compose",
         "composition",
+        "extract_lora",
         "extract_sparse",
         "fisher",
-        "freeze_head",
-        "freeze_layers",
         "greedy_soup",
         "layer_swap",
         "load",
         "lora",
         "measured_by",
         "overlaps",
-        "partition_turns",
         "revert_sparse",
         "sparse_fine_tune",
+        "stack_adapters",
+        "swap_lora",
         "tensorwise",
-        "weight_snapshots",
+        "training",
     ]
     assert all(hasattr(compositions, name) for name in compositions.__all__)
 
@@ -273,7 +278,11 @@ def swap(tmp_path: Path, save_tensors: Callable[[str, Mapping[str, Tensor]], Pat
     return recipe
 
 
-COMMANDS = ("--help", "plan swap.yaml", "check swap.yaml", "show", "show ties", "show layer_swap", "inspect math")
+ADAPTER = ROOT / "tests" / "oracles" / "fixtures" / "adapters_1_3_0" / "second"
+COMMANDS = (
+    *("--help", "plan swap.yaml", "check swap.yaml", "show", "show ties", "show layer_swap", "inspect math"),
+    f"inspect {ADAPTER}",
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
