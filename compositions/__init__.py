@@ -8,6 +8,7 @@ from .compose import compose
 from .composition import Composition, composition
 from .extract_lora import extract_lora
 from .extract_sparse import extract_sparse
+from .fisher import fisher
 from .greedy_soup import Soup, Try, greedy_soup
 from .layer_swap import layer_swap
 from .lora import lora
@@ -41,6 +42,7 @@ __all__ = [
     "composition",
     "extract_lora",
     "extract_sparse",
+    "fisher",
     "greedy_soup",
     "layer_swap",
     "load",

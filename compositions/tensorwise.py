@@ -75,7 +75,7 @@ def tensorwise(
     job = _Job(tuple(models), reference if base is not None else None, operator, settings or {}, tuple(rules))
     layers = every[reference].layers
     nodes = {name: job.step(met, layers.place(name)) for name, met in matching.tensors.items()}
-    packed = [name for name, step in nodes.items() if step.operator.name != "copy" and is_packed(step.output.dtype)]
+    packed = [name for name, step in nodes.items() if not step.is_copy and is_packed(step.output.dtype)]
     if packed:
         hint = "merge the models before they are quantised, or take these from one of them: a rule with operator: copy"
         raise MergeError("", f"{len(packed)} quantised tensors cannot be merged: {some(packed)}", hint)
@@ -116,9 +116,11 @@ def _inherited(one: Operator, other: Operator, settings: Mapping[str, Any]) -> d
 def _check_operator(
     path: Path, operator: Operator, models: Sequence[str], has_base: bool
 ) -> Iterator[tuple[Path, str, str]]:
+    if "importances" in operator.roles:
+        yield path, f"{operator.name} takes an importance for each model's entries", "use the composition fisher"
     if operator.needs_base and not has_base:
         yield path, f"{operator.name} needs a base", "add base: the model that the others were trained from"
-    if not path and has_base and not operator.needs_base:
+    if not path and has_base and not operator.takes_base:
         yield ("base",), f"{operator.name} takes no base", "list it among the models if it is to be merged"
     if not models:
         yield ("models",), f"{operator.name} has no models to merge", ""
@@ -185,9 +187,11 @@ class _Job:
         models = tuple(met.nodes[label] for label in labels)
         if not is_float(met.spec.dtype) and operator.name != "copy":
             return Step(met.spec, find("equal"), {}, Inputs(models), labels, why)
-        base = met.nodes[self.base] if self.base is not None and operator.needs_base else None
+        base = met.nodes[self.base] if self.base is not None and operator.takes_base else None
         depth = place.depth if place else 0.0
         settings = {s.name: self._value(s, rule, labels, depth) for s in operator.settings.values()}
+        if not is_float(met.spec.dtype) and not is_packed(met.spec.dtype):
+            settings = {}  # counters and the like are never multiplied
         return Step(met.spec, operator, settings, Inputs(models, base), labels, why)
 
     def _value(self, setting: Setting, rule: Rule | None, labels: tuple[str, ...], depth: float) -> Any:

@@ -19,6 +19,7 @@ from .checkpoint import Checkpoint
 from .dtypes import parse
 from .errors import OutputError
 from .evaluate import GRID, LARGEST_PART, Evaluation, Session, conduct
+from .kernels import one_thread
 from .node import Inputs, Made, Node, Source, Step, Survey
 from .output import check_place, published
 from .plan import Plan, make_plan
@@ -100,10 +101,15 @@ def _gathered_bytes(inputs: Inputs) -> int:
 
 
 def _held(node: Node) -> int:
-    """Count the bytes that makers hold beside the parts."""
+    """Count the bytes held beside the parts: by makers, and where parts are widened to whole rows."""
     if isinstance(node, Source):
         return 0
-    return (node.held if isinstance(node, Made) else 0) + sum(map(_held, node.inputs))
+    own = node.held if isinstance(node, Made) else 0
+    if isinstance(node, Step):
+        width = (node.output.shape or (1,))[-1]
+        own = 2 * width * _gathered_bytes(node.inputs) if node.operator.rows else 0
+        own += node.operator.holds * node.output.entries * (8 if node.inputs.dtype == "F64" else 4)
+    return own + sum(map(_held, node.inputs))
 
 
 def build(
@@ -161,7 +167,7 @@ def surveyed(plan: Plan, limits: Limits, progress: Progress) -> dict[Survey, Any
     if plan.surveys:
         _, session = limits.session(plan)
         progress.begin("survey", sum(survey.nbytes for survey in plan.surveys), len(plan.surveys))
-        with _one_torch_thread():
+        with one_thread():
             for survey in plan.surveys:
                 found[survey] = conduct(survey, replace(session, found=found))
                 progress.advance(survey.nbytes, 1)
@@ -175,7 +181,7 @@ def carry_out(
     threads, session = limits.session(plan)
     session = replace(session, found=found)
     copies = all(is_byte_copy(step) for step in plan.steps)  # then torch is not even imported
-    with nullcontext() if copies else _one_torch_thread(), _pool(threads) as run:
+    with nullcontext() if copies else one_thread(), _pool(threads) as run:
         progress.begin("merge", plan.bytes_written, len(plan.steps))
         work = ([_Making(step, session, writer, progress) for step in steps] for steps in _in_order(plan))
         digests = run(work)
@@ -234,7 +240,7 @@ def is_byte_copy(step: Step) -> bool:
     """Tell whether a step only carries stored bytes over."""
     source = step.inputs.models[0]
     same = step.output.dtype == source.output.dtype
-    return step.operator.name == "copy" and same and isinstance(source, Source)
+    return step.is_copy and same and isinstance(source, Source)
 
 
 def _raw(values: Tensor) -> memoryview:
@@ -269,16 +275,3 @@ def _pool(threads: int) -> Iterator[Run]:
                 pool.shutdown(wait=True, cancel_futures=True)
 
         yield run
-
-
-@contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    """Let torch use one thread for each of ours."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

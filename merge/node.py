@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .dtypes import is_float, working
-from .operator import Measure, Operator
+from .operator import Measure, Operator, each
 from .registry import find
 from .tensor_spec import TensorSpec
 
@@ -52,14 +52,23 @@ class Source:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Inputs:
-    """The tensors that meet in one operation: those of the models, in order, and the base's where there is one."""
+    """The tensors that meet in one operation.
+
+    Attributes:
+        models: those of the models, in order.
+        base: the base's, where there is one.
+        importances: what every entry of each model counts, where that is given: one for each model.
+
+    """
 
     models: tuple[Node, ...]
     base: Node | None = None
+    importances: tuple[Node, ...] = ()
 
     def __iter__(self) -> Iterator[Node]:
-        """Go through the models', then the base's."""
+        """Go through the models', then what goes with them, then the base's."""
         yield from self.models
+        yield from self.importances
         if self.base is not None:
             yield self.base
 
@@ -137,6 +146,16 @@ class Step:
     def __post_init__(self) -> None:
         """Hold the shapes together: compositions have checked them."""
         assert all(node.output.shape == self.output.shape for node in self.inputs), self.output.name
+
+    @property
+    def on_deltas(self) -> bool:
+        """Tell whether the operator is given deltas, and the base is added to its result."""
+        return self.operator.on_deltas and self.inputs.base is not None
+
+    @property
+    def is_copy(self) -> bool:
+        """Tell whether it takes a tensor as it is."""
+        return self.operator.name == "copy" and set(each(self.settings.get("factor", 1.0), 1)) == {1.0}
 
 
 Read = Callable[[int, slice | None], "Tensor"]  # of the input of this number: a flat run, or all of it in its shape
