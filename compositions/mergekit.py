@@ -61,12 +61,12 @@ class _Reader:
             name = value.get("name") if self._document.bundle else None
             merged = Merge(value, path, self._references, self.wrong, "" if name is None else f"{name}-").result(steps)
             if name is None:
-                results.append((merged, path))
+                results.append((merged, (*path, "merge_method")))
                 output = self._output(value, path)
             elif not isinstance(name, str) or name in steps:
                 self.wrong((*path, "name"), f"{name!r} is no name of its own")
             else:
-                steps[name] = Lined(merged, path)
+                steps[name] = Lined(merged, (*path, "merge_method"))
                 self._refuse_output(value, path)
         if len(results) != 1:
             what = "no document is without `name:`" if not results else "several documents are without `name:`"

@@ -114,7 +114,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             {"select_topk": "density"},
             without_effect=frozenset({"int8_mask"}),
         ),
-        "ram": Method("ram", {"epsilon": 1e-5, "r": 0.0, "alpha": 0.0}, {"epsilon": "epsilon"}),
+        "ram": Method("ram", {"epsilon": 1e-5, "r": 0.0, "alpha": 0.2}, {"epsilon": "epsilon"}),
         "ramplus_tl": Method(
             "ram",
             {"epsilon": 1e-5, "r": 0.1, "alpha": 0.2},

@@ -145,4 +145,4 @@ def each_slice(
     here = (*path, "parts") if (*path, "parts") in document.lines else path
     for i, body in enumerate(bodies):
         arguments, findings = slice_arguments(body, (*here, i), document)
-        yield make(**arguments), findings
+        yield make(**arguments, why=document.where((*here, i))), findings

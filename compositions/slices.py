@@ -34,6 +34,7 @@ class Slice:
         base: what deltas are taken from.
         settings: the operator's settings, as in `tensorwise`; gradients run over the layers of this slice.
         rules: exceptions by tensor name.
+        why: the recipe line.
 
     """
 
@@ -43,6 +44,7 @@ class Slice:
     base: Checkpoint | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     rules: Sequence[Rule] = ()
+    why: str = ""
     recipe_form: ClassVar[Any] = SliceBody
 
     @property
@@ -54,7 +56,7 @@ class Slice:
     def job(self) -> Job:
         """What is done to its tensors."""
         base = base_label(self.models) if self.base is not None else None
-        return Job(tuple(self.models), base, self.operator, self.settings, tuple(self.rules))
+        return Job(tuple(self.models), base, self.operator, self.settings, tuple(self.rules), self.why)
 
 
 @composition(source="layer stacking as in mergekit 0.1.5 (`slices`, `passthrough`); Kim et al. 2023 (arXiv 2312.15166)")

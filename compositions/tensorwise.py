@@ -85,7 +85,7 @@ def tensorwise(
 
 def refuse_packed(steps: Mapping[str, Step]) -> None:
     """Refuse to compute with quantised tensors. Raises MergeError."""
-    packed = [name for name, step in steps.items() if step.operator.name != "copy" and is_packed(step.output.dtype)]
+    packed = [name for name, step in steps.items() if not step.is_copy and is_packed(step.output.dtype)]
     if packed:
         hint = "merge the models before they are quantised, or take these from one of them: a rule with operator: copy"
         raise MergeError("", f"{len(packed)} quantised tensors cannot be merged: {some(packed)}", hint)
@@ -127,7 +127,7 @@ def _check_operator(
 ) -> Iterator[tuple[Path, str, str]]:
     if operator.needs_base and not has_base:
         yield path, f"{operator.name} needs a base", "add base: the model that the others were trained from"
-    if not path and has_base and not operator.needs_base:
+    if not path and has_base and not operator.takes_base:
         yield ("base",), f"{operator.name} takes no base", "list it among the models if it is to be merged"
     if not models:
         yield ("models",), f"{operator.name} has no models to merge", ""
@@ -205,6 +205,7 @@ class Job:
     operator: str
     settings: Mapping[str, Any]
     rules: tuple[Rule, ...]
+    why: str = ""
 
     def step(self, met: Met, depth: float) -> Step:
         """Make the step for one output tensor at a depth from 0 to 1; 0 outside the layers."""
@@ -214,11 +215,12 @@ class Job:
         rule = next((rule for rule in self.rules if matches(rule.tensors, met.spec.name)), None)
         operator = find(rule.operator if rule and rule.operator else self.operator)
         labels = rule.models if rule and rule.models else self.models
-        why = rule.why if rule else ""
+        why = rule.why if rule else self.why
         models = tuple(met.nodes[label] for label in labels)
-        if not is_float(met.spec.dtype) and operator.name != "copy":
-            return Step(met.spec, find("equal"), {}, Inputs(models), labels, why)
-        base = met.nodes[self.base] if self.base is not None and operator.needs_base else None
+        if not is_float(met.spec.dtype):
+            exact = operator if operator.name == "copy" else find("equal")
+            return Step(met.spec, exact, {}, Inputs(models), labels, why)
+        base = met.nodes[self.base] if self.base is not None and operator.takes_base else None
         settings = {s.name: self._value(s, rule, labels, met, depth) for s in operator.settings.values()}
         return Step(met.spec, operator, settings, Inputs(models, base), labels, why)
 

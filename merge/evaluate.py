@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -92,12 +92,14 @@ class Evaluation:
         streams = tuple(_stream(step.output.name, label) for label in step.labels)
         try:
             measured = self._measure(step, settings, streams)
-            tensors = self._gathered(step, span)
-            part = Part(span.start, streams, measured)
+            run = whole_rows(span, step.output.shape) if operator.rows else span
+            tensors = self._gathered(step, run)
+            part = Part(run.start, step.output.shape, streams, measured)
             result = operator.apply(*self._roles(step, tensors), **settings, part=part)
         except PortmanteauError as error:
             raise _located(error, step) from error
-        return result + tensors[-1] if operator.on_deltas else result
+        result = result + tensors[-1] if step.on_deltas else result
+        return result[span.start - run.start : span.stop - run.start]
 
     def _roles(self, step: Step, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return tensors if "base" in step.operator.roles else tensors[:1]
@@ -114,10 +116,12 @@ class Evaluation:
     def _measuring(self, step: Step, settings: Mapping[str, Any], streams: tuple[int, ...]) -> Any:
         assert step.operator.measure is not None
         spans = [*self._session.spans(step.output.entries)] or [slice(0, 0)]
-        if self._fits(step.inputs):
-            self._kept[step] = [self.gather(step.inputs, span, deltas=step.operator.on_deltas) for span in spans]
+        if step.operator.rows:
+            spans = [*rows_beginning_in(spans, step.output.shape)]
+        elif self._fits(step.inputs):
+            self._kept[step] = [self.gather(step.inputs, span, deltas=step.on_deltas) for span in spans]
         runs = lambda: (partial(self._part, step, span) for span in spans)  # noqa: E731
-        parts = Parts(runs, len(step.inputs.models), step.output.entries)
+        parts = Parts(runs, len(step.inputs.models), step.output.shape)
         return call(step.operator.measure, parts, **settings, streams=streams)
 
     def _part(self, step: Step, span: slice) -> tuple[Tensor, ...]:
@@ -134,7 +138,7 @@ class Evaluation:
         if kept is not None and not rest and kept[index][0].shape[1] == span.stop - span.start:
             run: tuple[Tensor, ...] = kept[index]
             return run
-        return self.gather(step.inputs, span, deltas=step.operator.on_deltas)
+        return self.gather(step.inputs, span, deltas=step.on_deltas)
 
     def gather(self, inputs: Inputs, span: slice, *, deltas: bool) -> tuple[Tensor, ...]:
         """Read a run of all models, stacked [n, run], as deltas if asked, and of the base, if there is one, [run]."""
@@ -170,7 +174,30 @@ def together(group: tuple[Inputs, ...], session: Session) -> Parts:
                 yield partial(gather, span)
 
     entries = sum(next(iter(inputs)).output.entries for inputs in group)
-    return Parts(runs, len(group[0].models), entries, session.threads)
+    return Parts(runs, len(group[0].models), (entries,), session.threads)
+
+
+def whole_rows(span: slice, shape: tuple[int, ...]) -> slice:
+    """Widen a run of entries to the rows that it touches.
+
+    >>> whole_rows(slice(5, 8), (4, 3)), whole_rows(slice(5, 8), (12,))
+    (slice(3, 9, None), slice(0, 12, None))
+    """
+    width = max(1, shape[-1] if shape else 1)
+    return slice(span.start // width * width, -(-span.stop // width) * width)
+
+
+def rows_beginning_in(spans: Iterable[slice], shape: tuple[int, ...]) -> Iterator[slice]:
+    """Cut a tensor into runs of whole rows: for every span, in order, the rows that begin in it.
+
+    >>> list(rows_beginning_in([slice(0, 4), slice(4, 5), slice(5, 9)], (3, 3)))
+    [slice(0, 6, None), slice(6, 9, None)]
+    """
+    end = 0
+    for span in spans:
+        start, end = end, max(end, whole_rows(slice(0, span.stop), shape).stop)
+        if start < end or span.stop == 0:
+            yield slice(start, end)
 
 
 def _stream(tensor: str, label: str) -> int:

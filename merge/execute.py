@@ -98,10 +98,13 @@ def _gathered_bytes(inputs: Inputs) -> int:
 
 
 def _held(node: Node) -> int:
-    """Count the bytes that makers hold beside the parts."""
+    """Count the bytes held beside the parts: by makers, and where parts are widened to whole rows."""
     if isinstance(node, Source):
         return 0
-    return (node.held if isinstance(node, Made) else 0) + sum(map(_held, node.inputs))
+    own = node.held if isinstance(node, Made) else 0
+    if isinstance(node, Step) and node.operator.rows:
+        own = 2 * (node.output.shape or (1,))[-1] * _gathered_bytes(node.inputs)
+    return own + sum(map(_held, node.inputs))
 
 
 def build(
@@ -221,7 +224,7 @@ def is_byte_copy(step: Step) -> bool:
     """Tell whether a step only carries stored bytes over."""
     source = step.inputs.models[0]
     same = step.output.dtype == source.output.dtype
-    return step.operator.name == "copy" and same and isinstance(source, Source)
+    return step.is_copy and same and isinstance(source, Source)
 
 
 def _raw(values: Tensor) -> memoryview:

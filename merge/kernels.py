@@ -38,27 +38,60 @@ def weighted_sum(tensors: Tensor, weights: Sequence[float]) -> Tensor:
     return total
 
 
-def total(values: Tensor) -> float:
-    """Sum all entries: in fp64 along rows of a fixed grid, then exactly over the rows. Any shape → a number."""
-    return math.fsum(row_sums(values))
-
-
-def row_sums(values: Tensor) -> list[float]:
-    """Sum rows of `ROW` entries in fp64; the last row may be shorter. Any shape → a list of numbers."""
+def row_sums(values: Tensor, row: int = ROW) -> list[float]:
+    """Sum rows of so many entries in fp64; the last row may be shorter. Any shape → a list of numbers."""
     flat = values.reshape(-1).double()
-    whole = len(flat) // ROW * ROW
-    sums: list[float] = flat[:whole].view(-1, ROW).sum(dim=1).tolist()
+    whole = len(flat) // row * row
+    sums: list[float] = sum_rows(flat[:whole].view(-1, row)).tolist()
     if whole < len(flat):
-        rest = flat.new_zeros(ROW)
+        rest = flat.new_zeros(row)
         rest[: len(flat) - whole] = flat[whole:]
-        sums.extend(rest.view(1, ROW).sum(dim=1).tolist())
+        sums.extend(sum_rows(rest.view(1, row)).tolist())
     return sums
 
 
-def sums_over(parts: Iterable[Sequence[Tensor]]) -> list[float]:
-    """Sum several quantities over all parts in one pass, exactly as `total` does for each tensor as a whole."""
-    rows = [[row_sums(values) for values in part] for part in parts]
+def sum_rows(values: Tensor) -> Tensor:
+    """Sum along rows in fp64, cut into runs of `ROW` so that threads never share one. Shapes: [k, row] → [k]."""
+    import torch
+
+    rows, width = values.double(), values.shape[1]
+    if width > ROW:
+        rows = torch.nn.functional.pad(rows, (0, -width % ROW)).view(len(rows), -1, ROW).sum(dim=2)
+    sums: Tensor = rows.sum(dim=1)
+    return sums
+
+
+def sums_over(parts: Iterable[Sequence[Tensor]], row: int = ROW) -> list[float]:
+    """Sum several quantities over all parts in one pass: in fp64 along rows of a fixed grid, then exactly over them.
+
+    `row` is that grid: every part begins at a multiple of it.
+    """
+    rows = [[row_sums(values, row) for values in part] for part in parts]
     return [math.fsum(itertools.chain.from_iterable(column)) for column in zip(*rows, strict=True)]
+
+
+def grouped_sums(
+    parts: Iterable[Sequence[Tensor]], group: Callable[[Tensor], Tensor], count: int
+) -> tuple[Tensor, ...]:
+    """Sum several quantities over groups of entries, one entry after the other in fp64, in one pass.
+
+    Args:
+        parts: flat parts of the quantities, in order.
+        group: of flat indices, gives the number of each one's group.
+        count: how many groups there are.
+
+    """
+    import torch
+
+    sums: tuple[Tensor, ...] = ()
+    start = 0
+    for part in parts:
+        sums = sums or tuple(torch.zeros(count, dtype=torch.float64) for _ in part)
+        groups = group(torch.arange(start, start + len(part[0])))
+        for total, values in zip(sums, part, strict=True):
+            total.index_add_(0, groups, values.double())  # of one dimension: one after the other, on one thread
+        start += len(part[0])
+    return sums
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,8 +231,8 @@ def mix_agreeing(
     return mixed.div_(shares.masked_fill_(shares == 0, 1.0))
 
 
-def keep_at_random(values: Tensor, density: float, seed: int, stream: int, start: int) -> Tensor:
-    """Keep every entry with probability `density`, by a counter: [*shape] → bool [*shape].
+def keep_at_random(values: Tensor, density: float | Tensor, seed: int, stream: int, start: int) -> Tensor:
+    """Keep every entry with probability `density` (or its own, [*shape]), by a counter: [*shape] → bool [*shape].
 
     The draw of an entry is SplitMix64 (Steele, Lea and Flood 2014, section 4) at counter `start + index` of the stream
     that seed and stream name: it depends on nothing else.
@@ -208,7 +241,8 @@ def keep_at_random(values: Tensor, density: float, seed: int, stream: int, start
 
     key, count = stream ^ (seed * _GOLDEN), values.numel()
     kept = torch.empty(count, dtype=torch.bool, device=values.device)
-    limit = round(density * (1 << 53))
+    one_limit = round(density * (1 << 53)) if isinstance(density, float | int) else None
+    limits = density.reshape(-1).double() if one_limit is None else None
     steps = torch.arange(1, _DRAWS + 1, dtype=torch.int64, device=values.device).mul_(_GOLDEN)
     state, shifted = torch.empty_like(steps), torch.empty_like(steps)
     for first in range(0, count, _DRAWS):  # in blocks that stay in the cache
@@ -217,6 +251,7 @@ def keep_at_random(values: Tensor, density: float, seed: int, stream: int, start
         torch.add(steps[block], _signed((key + (start + first) * _GOLDEN) & _MASK_64), out=draw)
         for bits, factor in ((30, _MIX_1), (27, _MIX_2), (31, 1)):
             draw.bitwise_xor_(_shift(draw, bits, spare)).mul_(factor)
+        limit = limits[first : first + _DRAWS].mul(1 << 53).round_().long() if limits is not None else one_limit
         torch.lt(_shift(draw, 11, spare), limit, out=kept[first : first + _DRAWS])  # 53 bits
     return kept.view(values.shape)
 

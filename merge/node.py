@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .dtypes import is_float, working
-from .operator import Measure, Operator
+from .operator import Measure, Operator, each
 from .registry import find
 from .tensor_spec import TensorSpec
 
@@ -134,6 +134,16 @@ class Step:
     def __post_init__(self) -> None:
         """Hold the shapes together: compositions have checked them."""
         assert all(node.output.shape == self.output.shape for node in self.inputs), self.output.name
+
+    @property
+    def on_deltas(self) -> bool:
+        """Tell whether the operator is given deltas, and the base is added to its result."""
+        return self.operator.on_deltas and self.inputs.base is not None
+
+    @property
+    def is_copy(self) -> bool:
+        """Tell whether it takes a tensor as it is."""
+        return self.operator.name == "copy" and set(each(self.settings.get("factor", 1.0), 1)) == {1.0}
 
 
 Read = Callable[[int, slice | None], "Tensor"]  # of the input of this number: a flat run, or all of it in its shape

@@ -4,15 +4,18 @@ Positional parameters are tensors and their names say what they are; keyword-onl
 
     models   [n, *shape]   the weights of n models
     deltas   [n, *shape]   their weights minus the base's; the result is a delta too, and the base is added to it
+    vectors  [n, *shape]   deltas where a base is given, else models; the result is of the same kind
     base     [*shape]      the weights of the base
 
 An operator is applied to a flat part of a tensor at a time. Its result for an entry may depend on that entry of its
-inputs and on what its `measure` found in the whole tensor, never on where the parts begin.
+inputs and on what its `measure` found in the whole tensor, never on where the parts begin. One that needs the whole row
+in which an entry lies says so (`rows`), and gets parts of whole rows.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 import types
 import typing
 from collections import deque
@@ -34,7 +37,7 @@ T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 
 PerModel = Union[T, Sequence[T]]  # one value for all models, or one for each
-ROLES = ("models", "deltas", "base")
+ROLES = ("models", "deltas", "vectors", "base")
 
 Measure = Callable[..., Any]
 
@@ -46,24 +49,36 @@ class Parts:
     Attributes:
         runs: gives anew, part by part, what reads it.
         models: how many models there are.
-        entries: how many entries all parts of one model have together.
+        shape: the tensor's; several tensors, one after the other, count as one of one dimension.
         threads: how many parts `map` may read and work on at once.
 
     """
 
     runs: Callable[[], Iterable[Callable[[], tuple[Tensor, ...]]]]
     models: int
-    entries: int
+    shape: tuple[int, ...]
     threads: int = 1
+
+    @property
+    def entries(self) -> int:
+        """How many entries all parts of one model have together."""
+        return math.prod(self.shape)
 
     @classmethod
     def whole(cls, *tensors: Tensor) -> Parts:
         """Make one part of whole tensors, the first of them stacked [n, *shape]."""
-        return cls(lambda: [lambda: tensors], len(tensors[0]), tensors[0][0].numel())
+        return cls(lambda: [lambda: tensors], len(tensors[0]), tuple(tensors[0].shape[1:]))
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         """Go through the parts."""
         return (run() for run in self.runs())
+
+    def placed(self) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+        """Go through the parts, each with the flat index of its first entry."""
+        start = 0
+        for part in self:
+            yield start, part
+            start += part[0][0].numel()
 
     def map(self, function: Callable[..., T]) -> Iterator[T]:
         """Give function(*part) for every part, in order; it is called on several threads, a few parts ahead."""
@@ -94,12 +109,14 @@ class Part:
 
     Attributes:
         start: flat index of the first entry.
+        shape: the whole tensor's; None: that of what is given.
         streams: a number per model, made from the tensor's and the model's names: it picks the random stream.
         measured: what the operator's measure found in the whole tensor; None: not measured yet.
 
     """
 
     start: int = 0
+    shape: tuple[int, ...] | None = None
     streams: tuple[int, ...] = ()
     measured: Any = None
 
@@ -165,6 +182,7 @@ class Operator:
     measure: Measure | None
     takes: int | None  # exactly so many models; None: one or more
     refuse: Callable[..., str] | None
+    rows: bool
 
     @property
     def needs_base(self) -> bool:
@@ -172,9 +190,14 @@ class Operator:
         return "deltas" in self.roles or "base" in self.roles
 
     @property
+    def takes_base(self) -> bool:
+        """Tell whether a base can be given."""
+        return self.needs_base or "vectors" in self.roles
+
+    @property
     def on_deltas(self) -> bool:
-        """Tell whether it takes and gives deltas."""
-        return self.roles[0] == "deltas"
+        """Tell whether it takes and gives deltas, where there is a base."""
+        return self.roles[0] in ("deltas", "vectors")
 
     def refuses(self, count: int, settings: Mapping[str, Any]) -> str:
         """Say why these settings cannot be meant for so many models; nothing where they can."""
@@ -208,6 +231,7 @@ def operator(
     measure: Measure | None = None,
     takes: int | None = None,
     refuse: Callable[..., str] | None = None,
+    rows: bool = False,
 ) -> Callable[[F], F]:
     """Register a function as the operator of its name, and hand it back unchanged.
 
@@ -217,6 +241,7 @@ def operator(
         measure: function of (parts, **settings) that finds in the whole tensor what `apply` needs, as `part.measured`.
         takes: the exact number of models, where it is fixed.
         refuse: function of (count, **settings) that says why they cannot be meant; it is asked while planning.
+        rows: whether an entry's result depends on its whole row (the last dimension; all of a vector).
 
     """
 
@@ -225,7 +250,7 @@ def operator(
         kept = frozenset(laws)
         assert kept <= LAWS.keys(), f"unknown laws: {kept - LAWS.keys()}"
         name = function.__name__
-        REGISTRY[name] = Operator(name, function, *found, source, kept, measure, takes, refuse)
+        REGISTRY[name] = Operator(name, function, *found, source, kept, measure, takes, refuse, rows)
         return function
 
     return register

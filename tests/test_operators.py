@@ -112,7 +112,7 @@ def step_of(
 
     inputs = tuple(source(model, str(i)) for i, model in enumerate(models))
     output = TensorSpec("x", from_torch(dtype or models.dtype), tuple(base.shape))
-    return Step(output, operator, resolved, Inputs(inputs, source(base, "base") if operator.needs_base else None))
+    return Step(output, operator, resolved, Inputs(inputs, source(base, "base") if operator.takes_base else None))
 
 
 def made(step: Step, session: Session) -> Tensor:

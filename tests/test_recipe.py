@@ -196,7 +196,7 @@ CANCELLING = "the weights [1.0, -1.0] sum to zero: set normalize: false, or othe
         ("merge: [a", "not valid YAML"),
         ("merge: !!python/object/apply:os.system [echo]", "not valid YAML"),
         ("merge: {linear: {models: [no/such/model]}}", "1: no model, file or folder 'no/such/model'"),
-        ("merge: {linear: {models: [a]}}\n---\nmerge: {linear: {models: [b]}}", "2: a second document"),
+        ("merge: {linear: {models: [a]}}\n---\nmerge: {linear: {models: [b]}}", "3: a second document"),
     ],
 )
 def test_a_mistake_is_named(write: Write, text: str, found: str) -> None:

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from ..operator import WHOLE, Part, operator
+from pydantic import Field
+
+from ..operator import WHOLE, Part, PerModel, each, operator
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+Factor = Annotated[float, Field(description="multiplies the tensor; 1 leaves it as it is", allow_inf_nan=False)]
 
-@operator(source="mergekit 0.1.5 `passthrough` without its `scale`", laws=("identity", "scaling"), takes=1)
-def copy(models: Tensor, *, part: Part = WHOLE) -> Tensor:
-    """Take one model's tensor as it is: byte for byte, where the dtype stays.
 
-    Formula: x₁. Shapes: models [1, *shape] → [*shape].
+@operator(source="mergekit 0.1.5 `passthrough`, whose `scale` is the factor", laws=("identity", "scaling"), takes=1)
+def copy(models: Tensor, *, factor: PerModel[Factor] = 1.0, part: Part = WHOLE) -> Tensor:
+    """Take one model's tensor as it is: byte for byte, where the dtype stays; or times a factor.
+
+    Formula: c x₁, x₁ where c = 1; recipes multiply no tensor that is no float. Shapes: models [1, *shape] → [*shape].
 
     >>> import torch
     >>> copy(torch.tensor([[1.0, 2.0]]))
     tensor([1., 2.])
     """
-    return models[0].clone()
+    (multiplier,) = each(factor, 1)
+    return models[0].clone() if multiplier == 1 else models[0] * multiplier

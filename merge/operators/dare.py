@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from ..kernels import keep_at_random, mix_agreeing, sums_over, weighted_sum
+from ..kernels import keep_at_random
 from ..operator import WHOLE, Part, Parts, PerModel, each, operator
-from .linear import SMALLEST_SUM
+from ..thinning import Divide, Elect, Rescale, Scale, Seed, Weight, add_up, cancelling, l1_factors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Weight = Annotated[float, Field(description="factor of this model's delta", allow_inf_nan=False)]
 Density = Annotated[float, Field(gt=0, le=1, description="probability with which an entry is kept")]
 
 
@@ -25,34 +23,8 @@ def keep_factors(
     densities = each(density, parts.models)
     if rescale != "l1":
         return tuple(1 / share if rescale == "density" else 1.0 for share in densities)
-    sums: list[float] = []
-    for model, share in enumerate(densities):
-        sums += _sums_of_magnitudes(parts, model, share, seed, _stream(streams, model))
-    return tuple(all_of / kept if kept > 0 else 1.0 for all_of, kept in zip(sums[::2], sums[1::2], strict=True))
-
-
-def _sums_of_magnitudes(parts: Parts, model: int, share: float, seed: int, stream: int) -> list[float]:
-    """Sum |d| over all entries, and over the kept ones."""
-
-    def magnitudes() -> Iterator[tuple[Tensor, Tensor]]:
-        start = 0
-        for deltas, *_ in parts:
-            values = deltas[model].reshape(-1)
-            yield values.abs(), values.abs() * keep_at_random(values, share, seed, stream, start)
-            start += len(values)
-
-    return sums_over(magnitudes())
-
-
-def _stream(streams: tuple[int, ...], model: int) -> int:
-    """Give the model's random stream; called without names, its position stands for it."""
-    return streams[model] if streams else model
-
-
-def cancelling(*, count: int, weight: PerModel[float] = 1.0, elect: str = "none", divide: str = "none") -> str:
-    """Refuse to divide by weights that sum to zero."""
-    divides = elect == "none" and divide == "weights"
-    return "the weights sum to zero" if divides and abs(sum(each(weight, count))) < SMALLEST_SUM else ""
+    drawn = streams or range(parts.models)
+    return l1_factors(parts, lambda values, i, start: keep_at_random(values, densities[i], seed, drawn[i], start))
 
 
 @operator(
@@ -66,20 +38,11 @@ def dare(
     *,
     weight: PerModel[Weight] = 1.0,
     density: PerModel[Density] = 0.5,
-    rescale: Annotated[
-        Literal["density", "l1", "none"],
-        Field(description="multiply what is kept by 1/density (paper), by ‖d‖₁/‖kept‖₁ (mergekit), or not"),
-    ] = "density",
-    elect: Annotated[
-        Literal["none", "weighted", "unweighted"],
-        Field(description="merge all (dare_linear), or only what agrees with the elected sign (dare_ties)"),
-    ] = "none",
-    divide: Annotated[
-        Literal["none", "weights", "count"],
-        Field(description="divide by the (agreeing) weights, by the count of (agreeing) models, or not"),
-    ] = "none",
-    scale: Annotated[float, Field(description="factor of the merged delta (λ)", allow_inf_nan=False)] = 1.0,
-    seed: Annotated[int, Field(ge=0, lt=1 << 63, description="picks the entries, with tensor and model name")] = 0,
+    rescale: Rescale = "density",
+    elect: Elect = "none",
+    divide: Divide = "none",
+    scale: Scale = 1.0,
+    seed: Seed = 0,
     part: Part = WHOLE,
 ) -> Tensor:
     """Drop entries of every delta at random, rescale the rest, and add up (or merge what agrees in sign).
@@ -91,16 +54,10 @@ def dare(
     >>> dare(torch.ones(1, 8), density=0.5)
     tensor([0., 2., 2., 0., 2., 2., 2., 0.])
     """
+    streams = part.streams or tuple(range(len(deltas)))  # called without names, a model's position stands for it
     whole = Parts.whole(deltas)
-    factors = part.measured or keep_factors(whole, density=density, rescale=rescale, seed=seed, streams=part.streams)
+    factors = part.measured or keep_factors(whole, density=density, rescale=rescale, seed=seed, streams=streams)
     kept = deltas.clone()
-    for model, (delta, share, factor) in enumerate(zip(kept, each(density, len(kept)), factors, strict=True)):
-        mask = keep_at_random(delta, share, seed, _stream(part.streams, model), part.start)
-        delta.masked_fill_(~mask, 0.0).mul_(factor)
-    weights = each(weight, len(kept))
-    if elect != "none":
-        return mix_agreeing(kept, weights, elect=elect, divide=divide) * scale
-    mixed = weighted_sum(kept, weights)
-    if divide != "none":
-        mixed = mixed / (sum(weights) if divide == "weights" else float(len(kept)))
-    return mixed * scale
+    for delta, share, factor, stream in zip(kept, each(density, len(kept)), factors, streams, strict=True):
+        delta.masked_fill_(~keep_at_random(delta, share, seed, stream, part.start), 0.0).mul_(factor)
+    return add_up(kept, weight, elect=elect, divide=divide, scale=scale)

@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from ..kernels import sums_over, weighted_sum
+from ..inner_products import arc, inner_products
+from ..kernels import weighted_sum
 from ..operator import WHOLE, Part, Parts, operator
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _COLLINEAR = 0.9995
-_EPSILON = 1e-8
-
-
-def cosine(parts: Parts) -> float:
-    """Measure the cosine between the two tensors, flattened; 0 where one of them is zero."""
-    pairs = (models.double() for (models,) in parts)
-    dot, first, second = sums_over((x * y, x * x, y * y) for x, y in pairs)
-    norms = math.sqrt(first), math.sqrt(second)
-    return dot / (norms[0] * norms[1]) if min(norms) > _EPSILON else 0.0
 
 
 @operator(
     source="Shoemake 1985, section 3.3; mergekit 0.1.5 `slerp` (whole tensor flattened, not normalised)",
     laws=("identity", "scaling"),
-    measure=cosine,
+    measure=inner_products,
     takes=2,
 )
 def slerp(
@@ -46,8 +37,5 @@ def slerp(
     >>> slerp(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), t=0.5)
     tensor([0.7071, 0.7071])
     """
-    found = cosine(Parts.whole(models)) if part.measured is None else part.measured
-    if abs(found) > _COLLINEAR:
-        return weighted_sum(models, (1 - t, t))
-    angle = math.acos(found)
-    return weighted_sum(models, (math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)))
+    found = part.measured or inner_products(Parts.whole(models))
+    return weighted_sum(models, arc(found.cosine(0, 1), t, _COLLINEAR))

@@ -2,47 +2,53 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from ..kernels import Cut, largest, mix_agreeing, select_largest
+from ..kernels import Cut, largest, select_largest
 from ..operator import WHOLE, Part, Parts, PerModel, each, operator
+from ..thinning import Divide, Elect, RescaleNorm, Scale, Weight, add_up, cancelling, l1_factors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Weight = Annotated[float, Field(description="factor of this model's trimmed delta", allow_inf_nan=False)]
 Density = Annotated[float, Field(gt=0, le=1, description="share of entries of largest magnitude that is kept")]
+Found = tuple[tuple[Cut | None, ...], tuple[float, ...]]
 
 
-def trim_limits(parts: Parts, *, density: PerModel[float]) -> tuple[Cut | None, ...]:
-    """Find every model's boundary of its max(1, ⌊density · entries⌋) largest deltas; None: all are kept."""
+def trim_limits(parts: Parts, *, density: PerModel[float], rescale: str) -> Found:
+    """Find every model's boundary of its max(1, ⌊density · entries⌋) largest deltas (None: all are kept) and factor."""
     counts = [max(1, int(share * parts.entries)) if share < 1 else None for share in each(density, parts.models)]
-    if not parts.entries:
-        return (None,) * parts.models
-    return largest(lambda: (deltas.reshape(parts.models, -1) for (deltas, *_) in parts), counts)
+    cuts: tuple[Cut | None, ...] = (None,) * parts.models
+    if parts.entries:
+        cuts = largest(lambda: (deltas.reshape(parts.models, -1) for (deltas, *_) in parts), counts)
+    if rescale == "none":
+        return cuts, (1.0,) * parts.models
+    return cuts, l1_factors(parts, lambda values, model, start: _kept(values, cuts[model], start))
+
+
+def _kept(values: Tensor, cut: Cut | None, start: int) -> Tensor:
+    import torch
+
+    return torch.ones_like(values, dtype=torch.bool) if cut is None else select_largest(values, cut, start)
 
 
 @operator(
     source="Yadav et al. 2023 (arXiv 2306.01708), section 3; weights as in mergekit 0.1.5 `ties` or peft 0.21 `ties`",
     laws=("permutation", "base", "scaling"),
     measure=trim_limits,
+    refuse=cancelling,
 )
 def ties(
     deltas: Tensor,
     *,
     weight: PerModel[Weight] = 1.0,
     density: PerModel[Density] = 0.2,
-    elect: Annotated[
-        Literal["weighted", "unweighted"],
-        Field(description="the sign is that of the sum of the weighted (mergekit) or unweighted (peft) trimmed deltas"),
-    ] = "weighted",
-    divide: Annotated[
-        Literal["weights", "count", "none"],
-        Field(description="divide by the sum of agreeing weights (mergekit), their count (peft), or not"),
-    ] = "weights",
-    scale: Annotated[float, Field(description="factor of the merged delta (λ)", allow_inf_nan=False)] = 1.0,
+    rescale: RescaleNorm = "none",
+    elect: Elect = "weighted",
+    divide: Divide = "weights",
+    scale: Scale = 1.0,
     part: Part = WHOLE,
 ) -> Tensor:
     """Trim deltas to their largest entries, elect a sign in each entry, merge the deltas that agree with it.
@@ -55,9 +61,9 @@ def ties(
     >>> ties(torch.tensor([[4.0, -1.0, 3.0, 0.0], [2.0, 5.0, -4.0, 1.0]]), density=0.5)
     tensor([ 4.,  5., -4.,  0.])
     """
-    limits = trim_limits(Parts.whole(deltas), density=density) if part.measured is None else part.measured
+    measured = part.measured or trim_limits(Parts.whole(deltas), density=density, rescale=rescale)
     trimmed = deltas.clone()
-    for delta, limit in zip(trimmed, limits, strict=True):
-        if limit is not None:
-            delta.masked_fill_(~select_largest(delta, limit, part.start), 0.0)
-    return mix_agreeing(trimmed, each(weight, len(deltas)), elect=elect, divide=divide) * scale
+    for delta, cut, factor in zip(trimmed, *measured, strict=True):
+        if cut is not None:
+            delta.masked_fill_(~select_largest(delta, cut, part.start), 0.0).mul_(factor)
+    return add_up(trimmed, weight, elect=elect, divide=divide, scale=scale)
