@@ -1,5 +1,6 @@
 """Which tensors meet: compositions take checkpoints and give a checkpoint, nothing read until it is asked for."""
 
+from .assemble import assemble
 from .average import Exponential, accumulative_averages, average
 from .changes import Changes, changes
 from .compose import compose
@@ -14,6 +15,7 @@ from .overlap import Overlap, overlaps
 from .partition_turns import Interleaved, Turns, partition_turns
 from .recipe import Recipe, load
 from .revert_sparse import revert_sparse
+from .slices import Slice, slices
 from .sparse_fine_tune import Term, sparse_fine_tune
 from .tensorwise import Rule, tensorwise
 from .weight_snapshots import weight_snapshots
@@ -29,12 +31,14 @@ __all__ = [
     "Partition",
     "Recipe",
     "Rule",
+    "Slice",
     "Soup",
     "Term",
     "Try",
     "Turns",
     "Zone",
     "accumulative_averages",
+    "assemble",
     "average",
     "changes",
     "compose",
@@ -50,6 +54,7 @@ __all__ = [
     "overlaps",
     "partition_turns",
     "revert_sparse",
+    "slices",
     "sparse_fine_tune",
     "tensorwise",
     "weight_snapshots",

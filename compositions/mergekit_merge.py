@@ -110,9 +110,9 @@ class Merge:
         same = len({str(plain(one)) for one in ranges.values()}) == 1
         layers = next(iter(ranges.values())) if same and ranges else ranges
         operator = self._method.operator if self._method else "copy"
-        models = body.pop("models", {})
-        if operator == "copy" and len(models) == 1 and not any(models.values()):
-            return {"model": next(iter(models)), "layers": layers, **body}
+        models = body.pop("models")
+        if operator == "copy" and isinstance(models, list) and len(models) == 1:
+            return {"model": models[0], "layers": layers, **body}
         return {"operator": operator, "models": models, "layers": layers, **body}
 
     def _body(
