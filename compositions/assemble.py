@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Annotated
 
@@ -43,12 +43,12 @@ def assemble(
     if lost:
         mistakes.append(Mistake("parts", f"no pattern fits {some(lost)}", 'a last pattern "*" takes the rest'))
     for pattern, model in parts.items():
-        lacking = [name for name in names if owner[name] == pattern and name not in model.specs]
+        lacking = [name for name in names if owner[name] == pattern and _lacks(model, name, parts.values())]
         if lacking:
-            mistakes.append(Mistake(f"parts.{pattern}", f"{model.label} lacks {some(lacking)}, which others have"))
+            mistakes.append(Mistake("parts", f"{model.label} lacks {some(lacking)}, which others have"))
         own = [name for name in model.specs if owner[name] == pattern]
         if not own:
-            mistakes.append(Mistake(f"parts.{pattern}", f"fits no tensor of {model.label}"))
+            mistakes.append(Mistake("parts", f"{pattern!r} fits no tensor of {model.label}"))
         for name in own:
             spec, node = model.specs[name], model.node(name)
             nodes[name] = node if isinstance(node, Step) else copy_of(node, replace(spec, name=name), model.label)
@@ -60,3 +60,11 @@ def assemble(
         dict.fromkeys(note for model in parts.values() if isinstance(model, Composed) for note in model.notes)
     )
     return Composed("assemble", {name: nodes[name] for name in names if name in nodes}, first.companions, notes)
+
+
+def _lacks(model: Checkpoint, name: str, others: Iterable[Checkpoint]) -> bool:
+    """Tell whether a model lacks a tensor. Of a stack of layers that it has too, it may have as many as it likes."""
+    if name in model.specs:
+        return False
+    place = next((place for one in others if (place := one.layers.place(name))), None)
+    return place is None or not any(own.startswith(f"{place.stack.prefix}.0.") for own in model.specs)

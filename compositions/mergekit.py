@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from portmanteau.merge import RecipeError
 from portmanteau.merge.errors import Mistake, nearest
 
 from .lined import Lined, document_of
@@ -21,16 +20,14 @@ def is_mergekit(document: Document) -> bool:
     return any(isinstance(value, dict) and "merge_method" in value for value in values)
 
 
-def translated(document: Document) -> Document:
+def translated(document: Document) -> tuple[Document | None, list[Mistake]]:
     """Write a mergekit YAML as a recipe of ours, whose lines are those of the file.
 
-    Raises RecipeError with every mistake that the text shows.
+    Gives the recipe, None where what is wrong leaves nothing to go on with, and every mistake that the text shows.
     """
     reader = _Reader(document)
     value = reader.recipe()
-    if reader.mistakes:
-        raise RecipeError.of(sorted(reader.mistakes, key=lambda one: int(one.where.rpartition(":")[2])))
-    return document_of(value, document)
+    return None if reader.broken else document_of(value, document), reader.mistakes
 
 
 class _Reader:
@@ -38,6 +35,7 @@ class _Reader:
 
     def __init__(self, document: Document) -> None:
         self.mistakes: list[Mistake] = []
+        self.broken = False
         self._document = document
         values = document.value if document.bundle else [document.value]
         self._values = [(value, (i,) if document.bundle else ()) for i, value in enumerate(values)]
@@ -45,9 +43,10 @@ class _Reader:
         folder = Path(document.file).parent
         self._references = References(folder, self.wrong, names if document.bundle else ())
 
-    def wrong(self, path: KeyPath, what: str, hint: str = "") -> None:
-        """Note a mistake."""
+    def wrong(self, path: KeyPath, what: str, hint: str = "", *, broken: bool = False) -> None:
+        """Note a mistake; `broken`: something is missing now in the recipe that would be written."""
         self.mistakes.append(Mistake(self._document.where(path), what, hint))
+        self.broken |= broken
 
     def recipe(self) -> dict[str, Any]:
         """Write the recipe."""
@@ -56,7 +55,7 @@ class _Reader:
         output: dict[str, Any] = {}
         for value, path in self._values:
             if not isinstance(value, dict):
-                self.wrong(path, "is no mergekit document: a mapping with the key `merge_method`")
+                self.wrong(path, "is no mergekit document: a mapping with the key `merge_method`", broken=True)
                 continue
             name = value.get("name") if self._document.bundle else None
             merged = Merge(value, path, self._references, self.wrong, "" if name is None else f"{name}-").result(steps)
@@ -64,13 +63,13 @@ class _Reader:
                 results.append((merged, (*path, "merge_method")))
                 output = self._output(value, path)
             elif not isinstance(name, str) or name in steps:
-                self.wrong((*path, "name"), f"{name!r} is no name of its own")
+                self.wrong((*path, "name"), f"{name!r} is no name of its own", broken=True)
             else:
                 steps[name] = Lined(merged, (*path, "merge_method"))
                 self._refuse_output(value, path)
         if len(results) != 1:
             what = "no document is without `name:`" if not results else "several documents are without `name:`"
-            self.wrong(results[1][1] if results else (), what, "the one without it is the result")
+            self.wrong(results[1][1] if results else (), what, "the one without it is the result", broken=True)
         found = {"models": self._references.models, "steps": {**self._references.steps, **steps}}
         merge = {"merge": Lined(results[0][0], results[0][1])} if results else {}
         return {**{key: one for key, one in found.items() if one}, **merge, **({"output": output} if output else {})}

@@ -42,9 +42,9 @@ class Merge:
         known = [*_KEYS, "name"] if path else _KEYS
         self._unknown(value, known, path)
         name = value.get("merge_method")
-        if name not in METHODS:
+        if not isinstance(name, str) or name not in METHODS:
             what = f"unknown merge_method {name!r}" if name is not None else "lacks the key 'merge_method'"
-            self._wrong((*path, "merge_method"), what, nearest(str(name), METHODS))
+            self._wrong((*path, "merge_method"), what, nearest(str(name), METHODS), broken=True)
         self._method: Method | None = METHODS.get(str(name))
         self._parameters = Parameters(str(name), self._method or METHODS["linear"], self._told)
         self._levels = [Level.of(value, path, self._wrong)]
@@ -57,7 +57,9 @@ class Merge:
         given = [key for key in _PARTS if self._value.get(key)]
         if len(given) != 1:
             what = f"{' and '.join(given)} are given" if given else "none of models, slices and modules is given"
-            self._wrong((*self._path, *given[-1:]), what, "a merge is said by one of models, slices and modules")
+            self._wrong(
+                (*self._path, *given[-1:]), what, "a merge is said by one of models, slices and modules", broken=True
+            )
             return {}
         key = given[0]
         if key == "modules":
@@ -87,7 +89,9 @@ class Merge:
         for i, one in enumerate(self._list(value, path)):
             here = (*path, i)
             if not isinstance(one, dict) or not one.get("sources"):
-                self._wrong(here, "a slice lacks its sources", "sources: [{model: …, layer_range: [first, end]}]")
+                self._wrong(
+                    here, "a slice lacks its sources", "sources: [{model: …, layer_range: [first, end]}]", broken=True
+                )
                 continue
             self._unknown(one, known, here)
             if one.get("residual_weight") is not None:
@@ -157,14 +161,14 @@ class Merge:
     def _modules(self, value: Any, path: KeyPath, steps: dict[str, Any]) -> dict[str, Any]:
         """Write each module as a step, and the result as assembled from them."""
         if not isinstance(value, dict):
-            self._wrong(path, "modules is no mapping from names to modules")
+            self._wrong(path, "modules is no mapping from names to modules", broken=True)
             return {}
         parts: dict[str, Any] = {}
         sliced = []
         for name, one in value.items():
             here = (*path, name)
             if not isinstance(one, dict) or bool(one.get("models")) == bool(one.get("slices")):
-                self._wrong(here, f"the module {name!r} has either models or slices")
+                self._wrong(here, f"the module {name!r} has either models or slices", broken=True)
                 continue
             self._unknown(one, ("models", "slices", "parameters"), here)
             level = Level.of(one, here, self._wrong)
@@ -190,13 +194,13 @@ class Merge:
         for i, one in enumerate(self._list(value, path)):
             here = (*path, i)
             if not isinstance(one, dict) or "model" not in one:
-                self._wrong(here, "lacks the key 'model'")
+                self._wrong(here, "lacks the key 'model'", broken=True)
                 continue
             self._unknown(one, known, here)
             label = self._references.label(one["model"], (*here, "model"))
             if label is not None and label in [other for other, _, _ in entries]:
                 hint = "mergekit merges only one of them; in our recipes two names may stand for one model"
-                self._wrong((*here, "model"), f"{label} is listed twice", hint)
+                self._wrong((*here, "model"), f"{label} is listed twice", hint, broken=True)
             elif label is not None:
                 entries.append((label, one, here))
         return entries
@@ -204,14 +208,16 @@ class Merge:
     def _range(self, entry: Mapping[str, Any], path: KeyPath) -> Any:
         value = entry.get("layer_range")
         if not isinstance(value, list) or len(value) != 2 or not all(type(one) is int for one in value):
-            self._wrong((*path, "layer_range"), "a source needs layer_range: [first, end], end not counted")
+            self._wrong(
+                (*path, "layer_range"), "a source needs layer_range: [first, end], end not counted", broken=True
+            )
             return [0, 1]
         return Lined(value, (*path, "layer_range"))
 
     def _list(self, value: Any, path: KeyPath) -> list[Any]:
         if isinstance(value, list):
             return value
-        self._wrong(path, f"{path[-1]} is no list")
+        self._wrong(path, f"{path[-1]} is no list", broken=True)
         return []
 
     def _unknown(self, value: Mapping[str, Any], known: Sequence[str], path: KeyPath) -> None:

@@ -12,7 +12,7 @@ from portmanteau.merge.errors import nearest
 from .lined import Lined
 from .lines import KeyPath
 
-Wrong = Callable[..., None]  # of (path, what, hint)
+Wrong = Callable[..., None]  # of (path, what, hint), and whether the recipe is broken by it
 Stored = tuple[str, str | None]  # path or Hub id, and revision
 
 
@@ -62,7 +62,9 @@ class References:
                 return _split(model), _split(lora) if lora else None
         if isinstance(value, Mapping):
             return self._from_mapping(value, path)
-        self.wrong(path, f"{value!r} is no reference to a model", "write path[@revision][+lora[@revision]]")
+        self.wrong(
+            path, f"{value!r} is no reference to a model", "write path[@revision][+lora[@revision]]", broken=True
+        )
         return None
 
     def _from_mapping(self, value: Mapping[str, Any], path: KeyPath) -> tuple[Stored, Stored | None] | None:
@@ -80,13 +82,20 @@ class References:
     def _stored(self, value: Any, path: KeyPath) -> Stored | None:
         if isinstance(value, str) and value:
             return (value, None) if (self.folder / value).exists() else _split(value)
-        if isinstance(value, Mapping) and isinstance(value.get("path"), str):
+        if isinstance(value, Mapping) and _is_stored(value):
             for key in value:
                 if key not in ("path", "revision"):
                     self.wrong((*path, key), f"unknown key {key!r}", nearest(key, ("path", "revision")))
             return value["path"], value.get("revision")
-        self.wrong(path, f"{value!r} is no path of a model", "write PATH, PATH@REVISION or {path: …, revision: …}")
+        self.wrong(
+            path, f"{value!r} is no path of a model", "write PATH, PATH@REVISION or {path: …, revision: …}", broken=True
+        )
         return None
+
+
+def _is_stored(value: Mapping[str, Any]) -> bool:
+    path, revision = value.get("path"), value.get("revision")
+    return isinstance(path, str) and path != "" and (revision is None or isinstance(revision, str))
 
 
 def _split(text: str) -> Stored:

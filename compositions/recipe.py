@@ -94,12 +94,28 @@ def load(path: str | Path) -> Recipe:
     """Read a recipe. Raises RecipeError with every mistake that its text, and the places it names, show."""
     document = read(Path(path))
     if is_mergekit(document):
-        document = translated(document)
+        return _load_mergekit(document)
     if document.bundle:
         raise RecipeError(document.where((1,)), "a second document", "only bundles of mergekit YAMLs have several")
     if not isinstance(document.value, dict):
         raise RecipeError(document.file, "holds no recipe", "a recipe is a mapping with the key `merge`")
     return _Reader(document).recipe()
+
+
+def _load_mergekit(document: Document) -> Recipe:
+    """Read a mergekit YAML as a recipe of ours, and report together what is wrong with either."""
+    written, mistakes = translated(document)
+    try:
+        recipe = _Reader(written).recipe() if written is not None else None
+    except RecipeError as error:
+        mistakes, recipe = [*mistakes, *error.mistakes], None
+    if recipe is None or mistakes:
+        raise RecipeError.of(sorted(mistakes, key=_line))
+    return recipe
+
+
+def _line(mistake: Mistake) -> int:
+    return int(mistake.where.rpartition(":")[2])
 
 
 class _Reader:
@@ -124,7 +140,7 @@ class _Reader:
         bodies = [*steps.values(), *([merge] if merge else [])]
         self._check_references(models, steps, bodies, output)
         if self._mistakes or merge is None:
-            raise RecipeError.of(sorted(self._mistakes, key=lambda mistake: int(mistake.where.rpartition(":")[2])))
+            raise RecipeError.of(sorted(self._mistakes, key=_line))
         return Recipe(self._document, models, steps, merge, output)
 
     def _steps(self, value: Any) -> dict[str, Body]:

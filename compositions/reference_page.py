@@ -65,6 +65,8 @@ def _type(annotation: Any) -> str:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation in (Checkpoint, Adapter):
         return "model" if annotation is Checkpoint else "adapter"
+    if hasattr(annotation, "recipe_form"):
+        return "{" + ", ".join(annotation.recipe_form.model_fields) + ", settings of the operator}"
     if origin is Annotated:
         return _type(arguments[0])
     if origin is Literal:

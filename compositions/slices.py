@@ -48,7 +48,7 @@ class Slice:
     recipe_form: ClassVar[Any] = SliceBody
 
     @property
-    def all(self) -> dict[str, Checkpoint]:
+    def inputs(self) -> dict[str, Checkpoint]:
         """The base, where there is one, and the models, by name."""
         return {**({base_label(self.models): self.base} if self.base is not None else {}), **self.models}
 
@@ -88,7 +88,7 @@ def slices(
     Raises MergeError for models that do not fit, ranges beyond their layers, and a config that cannot be made true.
     """
     pieces = _pieces(parts, stack)
-    given = donor or outside or next(iter(parts[0].all.values()))
+    given = donor or outside or next(iter(parts[0].inputs.values()))
     target = _Target(given, _stack(given, stack, "donor"))
     nodes: dict[str, Step] = {}
     notes: list[str] = []
@@ -98,7 +98,7 @@ def slices(
             nodes |= piece.steps(part, target, notes)
         except MergeError as error:
             mistakes += [replace(mistake, where=f"parts.{number}") for mistake in error.mistakes]
-    every = {f"slice {i}: {label}": model for i, part in enumerate(parts) for label, model in part.all.items()}
+    every = {f"slice {i}: {label}": model for i, part in enumerate(parts) for label, model in part.inputs.items()}
     mistakes += different_vocabularies({"donor": given, **every}, "donor") or list(_other_shapes(nodes, target))
     if mistakes:
         raise MergeError.of(mistakes)
@@ -218,7 +218,7 @@ def _pieces(parts: Sequence[Slice], word: str | None) -> list[_Piece]:
 def _inputs(part: Slice, word: str | None, where: str) -> tuple[dict[str, _Input], int]:
     """Find what goes into one slice, and how many layers it has."""
     inputs, counts, mistakes = {}, {}, []
-    for label, model in part.all.items():
+    for label, model in part.inputs.items():
         stack = _stack(model, word, where)
         given = part.layers.get(label) if isinstance(part.layers, Mapping) else part.layers
         first, end = given or (0, stack.count)

@@ -352,6 +352,30 @@ def test_the_four_typos_that_mergekit_ignores_are_named_with_their_lines(llamas:
     ]
 
 
+def test_keys_and_values_that_are_wrong_are_reported_together(llamas: Path) -> None:
+    text = """
+        merge_method: ties
+        base_model: base
+        models:
+          - model: a
+            parameters: {weight: [0.1, x], density: 1.5}
+          - model: c
+            parameters: {weight: 0.3, gamma: 1}
+        parameters: {normalize: "yes", lambda: big}
+        dtype: float99
+    """
+    found = said(text, llamas)
+    assert [one.partition(" (")[0] for one in found] == [
+        "5: weight is 'x': input should be a valid number, unable to parse string as a number",
+        "5: density is 1.5: input should be less than or equal to 1",
+        "6: no file or folder 'c'",
+        "7: ties has no parameter 'gamma'",
+        "8: normalize is 'yes'",
+        "8: scale is 'big': input should be a valid number, unable to parse string as a number",
+        "9: dtype is 'float99': unknown dtype 'float99'; did you mean 'float64'?",
+    ]
+
+
 LINEAR = "merge_method: linear\nparameters: {weight: 1.0}\n"
 AB = "models: [{model: a}, {model: b}]\n"
 PART = "{model: a, layer_range: [0, 4]}"
@@ -547,6 +571,19 @@ def test_each_module_is_merged_in_its_own_way(towers: Path) -> None:
         "language_model.model.layers.3.mlp.weight": 2.125,
         "language_model.lm_head.weight": 2.0,
     }
+
+
+def test_a_module_may_become_shorter(towers: Path) -> None:
+    text = MODULES.replace(
+        "layer_range: [0, 2]}]\n      - sources: [{model: a, layer_range: [0, 2]}, ", "layer_range: [0, 1]}]\n      # "
+    )
+    merged = ours(text, towers / "out")
+    layers = [name for name in merged if ".layers." in name]
+    assert sorted(layers) == [
+        "language_model.model.layers.0.mlp.weight",
+        "vision_tower.encoder.layers.0.mlp.weight",
+        "vision_tower.encoder.layers.1.mlp.weight",
+    ]
 
 
 @differs("modules")
