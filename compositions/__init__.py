@@ -6,6 +6,7 @@ from .changes import Changes, changes
 from .compose import compose
 from .composition import Composition, composition
 from .extract_sparse import extract_sparse
+from .fisher import fisher
 from .freezing import Partition, freeze_head, freeze_layers
 from .greedy_soup import Soup, Try, greedy_soup
 from .layer_swap import layer_swap
@@ -44,6 +45,7 @@ __all__ = [
     "compose",
     "composition",
     "extract_sparse",
+    "fisher",
     "freeze_head",
     "freeze_layers",
     "greedy_soup",

@@ -37,7 +37,8 @@ def entry(name: str) -> dict[str, Any]:
     operator = operators()[name]
     settings = [_setting(setting) for setting in operator.settings.values()]
     text = inspect.getdoc(operator.apply) or ""
-    takes = {"takes": operator.roles, "needs_base": operator.needs_base, "models": operator.takes}
+    base = {"needs_base": operator.needs_base, "takes_base": operator.takes_base}
+    takes = {"takes": operator.roles, **base, "models": operator.takes}
     return {"name": name, "kind": "operator", "text": text, "source": operator.source, "settings": settings, **takes}
 
 

@@ -125,6 +125,8 @@ def _inherited(one: Operator, other: Operator, settings: Mapping[str, Any]) -> d
 def _check_operator(
     path: Path, operator: Operator, models: Sequence[str], has_base: bool
 ) -> Iterator[tuple[Path, str, str]]:
+    if "importances" in operator.roles:
+        yield path, f"{operator.name} takes an importance for each model's entries", "use the composition fisher"
     if operator.needs_base and not has_base:
         yield path, f"{operator.name} needs a base", "add base: the model that the others were trained from"
     if not path and has_base and not operator.takes_base:

@@ -15,6 +15,7 @@ from .node import Finding, Inputs, Made, Node, Source, Step, Survey, sources
 from .operator import Part, Parts, call
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 GRID = 1 << 16  # parts begin at multiples of so many entries
@@ -102,7 +103,7 @@ class Evaluation:
         return result[span.start - run.start : span.stop - run.start]
 
     def _roles(self, step: Step, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return tensors if "base" in step.operator.roles else tensors[:1]
+        return tensors[: len(step.operator.roles)]
 
     def _measure(self, step: Step, settings: Mapping[str, Any], streams: tuple[int, ...]) -> Any:
         """Find, once, what the operator must know of the whole tensor."""
@@ -141,17 +142,26 @@ class Evaluation:
         return self.gather(step.inputs, span, deltas=step.on_deltas)
 
     def gather(self, inputs: Inputs, span: slice, *, deltas: bool) -> tuple[Tensor, ...]:
-        """Read a run of all models, stacked [n, run], as deltas if asked, and of the base, if there is one, [run]."""
+        """Read a run of all models, stacked [n, run], as deltas if asked; of importances, [n, run]; of the base, [run].
+
+        The last two only where they are given.
+        """
+        dtype = torch_dtype(inputs.dtype)
+        models = self._stacked(inputs.models, span, dtype)
+        beside = (self._stacked(inputs.importances, span, dtype),) if inputs.importances else ()
+        if inputs.base is None:
+            return (models, *beside)
+        base = self.value(inputs.base, span).to(dtype)
+        return (models.sub_(base) if deltas else models, *beside, base)
+
+    def _stacked(self, nodes: tuple[Node, ...], span: slice, dtype: torch.dtype) -> Tensor:
+        """Read a run of several tensors: [n, run]."""
         import torch
 
-        dtype = torch_dtype(inputs.dtype)
-        models = torch.empty((len(inputs.models), span.stop - span.start), dtype=dtype)
-        for row, node in zip(models, inputs.models, strict=True):
+        stack = torch.empty((len(nodes), span.stop - span.start), dtype=dtype)
+        for row, node in zip(stack, nodes, strict=True):
             row.copy_(self.value(node, span))
-        if inputs.base is None:
-            return (models,)
-        base = self.value(inputs.base, span).to(dtype)
-        return (models.sub_(base) if deltas else models), base
+        return stack
 
     def _resolved(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         found = self._session.found

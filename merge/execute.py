@@ -19,6 +19,7 @@ from .checkpoint import Checkpoint
 from .dtypes import parse
 from .errors import OutputError
 from .evaluate import GRID, LARGEST_PART, Evaluation, Session, conduct
+from .kernels import one_thread
 from .node import Inputs, Made, Node, Source, Step, Survey
 from .output import check_place, published
 from .plan import Plan, make_plan
@@ -102,8 +103,10 @@ def _held(node: Node) -> int:
     if isinstance(node, Source):
         return 0
     own = node.held if isinstance(node, Made) else 0
-    if isinstance(node, Step) and node.operator.rows:
-        own = 2 * (node.output.shape or (1,))[-1] * _gathered_bytes(node.inputs)
+    if isinstance(node, Step):
+        width = (node.output.shape or (1,))[-1]
+        own = 2 * width * _gathered_bytes(node.inputs) if node.operator.rows else 0
+        own += node.operator.holds * node.output.entries * (8 if node.inputs.dtype == "F64" else 4)
     return own + sum(map(_held, node.inputs))
 
 
@@ -161,7 +164,7 @@ def surveyed(plan: Plan, limits: Limits, progress: Progress) -> dict[Survey, Any
     if plan.surveys:
         _, session = limits.session(plan)
         progress.begin("survey", sum(survey.nbytes for survey in plan.surveys), len(plan.surveys))
-        with _one_torch_thread():
+        with one_thread():
             for survey in plan.surveys:
                 found[survey] = conduct(survey, replace(session, found=found))
                 progress.advance(survey.nbytes, 1)
@@ -175,7 +178,7 @@ def carry_out(
     threads, session = limits.session(plan)
     session = replace(session, found=found)
     copies = all(is_byte_copy(step) for step in plan.steps)  # then torch is not even imported
-    with nullcontext() if copies else _one_torch_thread(), _pool(threads) as run:
+    with nullcontext() if copies else one_thread(), _pool(threads) as run:
         progress.begin("merge", plan.bytes_written, len(plan.steps))
         checks_first = sorted(plan.steps, key=lambda step: (step.operator.name != "equal", -step.output.nbytes))
         digests = run((_Making(step, session, writer, progress) for step in checks_first), len(plan.steps))
@@ -257,16 +260,3 @@ def _pool(threads: int) -> Iterator[Run]:
                 pool.shutdown(wait=True, cancel_futures=True)
 
         yield run
-
-
-@contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    """Let torch use one thread for each of ours."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,6 +24,7 @@ _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 _MASK_64 = (1 << 64) - 1
 _NO_LIMIT = _MASK_64 >> 1  # an index beyond every entry
 _DRAWS = 1 << 15
+_PRODUCT = 1 << 16  # entries of a block of a product
 
 
 def weighted_sum(tensors: Tensor, weights: Sequence[float]) -> Tensor:
@@ -241,8 +243,12 @@ def keep_at_random(values: Tensor, density: float | Tensor, seed: int, stream: i
 
     key, count = stream ^ (seed * _GOLDEN), values.numel()
     kept = torch.empty(count, dtype=torch.bool, device=values.device)
-    one_limit = round(density * (1 << 53)) if isinstance(density, float | int) else None
-    limits = density.reshape(-1).double() if one_limit is None else None
+    limits: Tensor | None = None
+    limit: Any = None
+    if isinstance(density, torch.Tensor):
+        limits = density.reshape(-1).double()
+    else:
+        limit = round(density * (1 << 53))
     steps = torch.arange(1, _DRAWS + 1, dtype=torch.int64, device=values.device).mul_(_GOLDEN)
     state, shifted = torch.empty_like(steps), torch.empty_like(steps)
     for first in range(0, count, _DRAWS):  # in blocks that stay in the cache
@@ -251,9 +257,40 @@ def keep_at_random(values: Tensor, density: float | Tensor, seed: int, stream: i
         torch.add(steps[block], _signed((key + (start + first) * _GOLDEN) & _MASK_64), out=draw)
         for bits, factor in ((30, _MIX_1), (27, _MIX_2), (31, 1)):
             draw.bitwise_xor_(_shift(draw, bits, spare)).mul_(factor)
-        limit = limits[first : first + _DRAWS].mul(1 << 53).round_().long() if limits is not None else one_limit
+        if limits is not None:
+            limit = limits[first : first + _DRAWS].mul(1 << 53).round_().long()
         torch.lt(_shift(draw, 11, spare), limit, out=kept[first : first + _DRAWS])  # 53 bits
     return kept.view(values.shape)
+
+
+def multiplied(left: Tensor, right: Tensor, run: slice) -> Tensor:
+    """Make a flat run of entries of left [rows, k] · right [k, width], in fp64: [run.stop - run.start].
+
+    Blocks of whole rows are multiplied whose size depends on the width alone, so no bit depends on the run.
+    """
+    import torch
+
+    rows, width = len(left), right.shape[1]
+    step = max(1, _PRODUCT // width)
+    first, last = run.start // width // step * step, -(-run.stop // width)
+    wide = right.double()
+    with one_thread():
+        blocks = [left[top : min(top + step, rows)].double() @ wide for top in range(first, min(last, rows), step)]
+    flat = torch.cat([block.reshape(-1) for block in blocks]) if blocks else left.new_zeros(0, dtype=torch.float64)
+    return flat[run.start - first * width : run.stop - first * width]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch use one thread for each of ours."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _shift(state: Tensor, bits: int, out: Tensor) -> Tensor:

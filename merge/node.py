@@ -52,14 +52,23 @@ class Source:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Inputs:
-    """The tensors that meet in one operation: those of the models, in order, and the base's where there is one."""
+    """The tensors that meet in one operation.
+
+    Attributes:
+        models: those of the models, in order.
+        base: the base's, where there is one.
+        importances: what every entry of each model counts, where that is given: one for each model.
+
+    """
 
     models: tuple[Node, ...]
     base: Node | None = None
+    importances: tuple[Node, ...] = ()
 
     def __iter__(self) -> Iterator[Node]:
-        """Go through the models', then the base's."""
+        """Go through the models', then what goes with them, then the base's."""
         yield from self.models
+        yield from self.importances
         if self.base is not None:
             yield self.base
 

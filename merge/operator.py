@@ -6,6 +6,7 @@ Positional parameters are tensors and their names say what they are; keyword-onl
     deltas   [n, *shape]   their weights minus the base's; the result is a delta too, and the base is added to it
     vectors  [n, *shape]   deltas where a base is given, else models; the result is of the same kind
     base     [*shape]      the weights of the base
+    importances  [n, *shape]  how much every entry of each model counts, such as a diagonal Fisher
 
 An operator is applied to a flat part of a tensor at a time. Its result for an entry may depend on that entry of its
 inputs and on what its `measure` found in the whole tensor, never on where the parts begin. One that needs the whole row
@@ -37,7 +38,7 @@ T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 
 PerModel = Union[T, Sequence[T]]  # one value for all models, or one for each
-ROLES = ("models", "deltas", "vectors", "base")
+ROLES = ("models", "deltas", "vectors", "importances", "base")
 
 Measure = Callable[..., Any]
 
@@ -183,6 +184,7 @@ class Operator:
     takes: int | None  # exactly so many models; None: one or more
     refuse: Callable[..., str] | None
     rows: bool
+    holds: int
 
     @property
     def needs_base(self) -> bool:
@@ -232,6 +234,7 @@ def operator(
     takes: int | None = None,
     refuse: Callable[..., str] | None = None,
     rows: bool = False,
+    holds: int = 0,
 ) -> Callable[[F], F]:
     """Register a function as the operator of its name, and hand it back unchanged.
 
@@ -242,6 +245,7 @@ def operator(
         takes: the exact number of models, where it is fixed.
         refuse: function of (count, **settings) that says why they cannot be meant; it is asked while planning.
         rows: whether an entry's result depends on its whole row (the last dimension; all of a vector).
+        holds: how many matrices of the tensor's size it holds in memory, where it needs all of it at once.
 
     """
 
@@ -250,7 +254,7 @@ def operator(
         kept = frozenset(laws)
         assert kept <= LAWS.keys(), f"unknown laws: {kept - LAWS.keys()}"
         name = function.__name__
-        REGISTRY[name] = Operator(name, function, *found, source, kept, measure, takes, refuse, rows)
+        REGISTRY[name] = Operator(name, function, *found, source, kept, measure, takes, refuse, rows, holds)
         return function
 
     return register

@@ -245,14 +245,14 @@ def theirs_of(method: str, models: Mapping[str, Mapping[str, Any]], **common: An
     """Write a mergekit config: settings for each model, and the `parameters` common to all."""
     config: dict[str, Any] = {"merge_method": method, "dtype": "float32", "parameters": common}
     config["models"] = [{"model": name, "parameters": dict(own)} for name, own in models.items()]
-    if method != "linear":
+    if method not in ("linear", "karcher"):
         config["base_model"] = "math" if method == "slerp" else "base"
     return config
 
 
 def ours_of(operator: str, models: Any, rules: Any = (), **settings: Any) -> str:
     """Write our recipe for the same."""
-    base = {} if operator in ("linear", "slerp") else {"base": "base"}
+    base = {} if operator in ("linear", "slerp", "karcher") else {"base": "base"}
     body = {**base, "models": models, **settings, **({"rules": list(rules)} if rules else {})}
     return yaml.safe_dump({"merge": {operator: body}}, sort_keys=False)
 
@@ -374,6 +374,50 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "dare_ties at density 1, normalised": (
         ours_of("dare", WEIGHTS, density=1.0, elect="weighted", divide="weights"),
         theirs_of("dare_ties", weights(WEIGHTS), density=1.0, normalize=True),
+    ),
+    "breadcrumbs, a density for each model": (
+        ours_of("breadcrumbs", UNEVEN, gamma=0.05),
+        theirs_of("breadcrumbs", UNEVEN, gamma=0.05),
+    ),
+    "breadcrumbs_ties": (
+        ours_of("breadcrumbs", NEGATIVE, density=0.5, gamma=0.1, elect="weighted"),
+        theirs_of("breadcrumbs_ties", weights(NEGATIVE), density=0.5, gamma=0.1),
+    ),
+    "della at density 1": (
+        ours_of("della", WEIGHTS, density=1.0, rescale="l1"),
+        theirs_of("della", weights(WEIGHTS), density=1.0),
+    ),
+    "nuslerp of task vectors, row by row": (
+        ours_of("nuslerp", WEIGHTS, flatten=False),
+        theirs_of("nuslerp", weights(WEIGHTS), nuslerp_flatten=False),
+    ),
+    "multislerp of task vectors, gradients": (
+        ours_of("multislerp", {"math": [0.2, 0.9], "swahili": 0.4343}),
+        theirs_of("multislerp", {"math": {"weight": [0.2, 0.9]}, "swahili": {"weight": 0.4343}}),
+    ),
+    "karcher": (
+        ours_of("karcher", ["math", "swahili", "code"]),
+        theirs_of("karcher", {"math": {}, "swahili": {}, "code": {}}),
+    ),
+    "sce": (
+        ours_of("sce", ["math", "swahili", "code"], density=0.3),
+        theirs_of("sce", {"math": {}, "swahili": {}, "code": {}}, select_topk=0.3),
+    ),
+    "ram": (
+        ours_of("ram", ["math", "swahili", "code"], epsilon=0.1),
+        theirs_of("ram", {"math": {}, "swahili": {}, "code": {}}, epsilon=0.1),
+    ),
+    "ramplus_tl": (
+        ours_of("ram", ["math", "swahili"], epsilon=0.1, r=0.3, alpha=0.5),
+        theirs_of("ramplus_tl", {"math": {}, "swahili": {}}, epsilon=0.1, r=0.3, alpha=0.5),
+    ),
+    "model_stock, filter by filter": (
+        ours_of("model_stock", ["math", "swahili", "code"], filter_wise=True),
+        theirs_of("model_stock", {"math": {}, "swahili": {}, "code": {}}, filter_wise=True),
+    ),
+    "nearswap, a gradient": (
+        ours_of("nearswap", ["math"], t=[0.01, 0.1]),
+        theirs_of("nearswap", {"math": {}}, t=[0.01, 0.1]),
     ),
 }
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import doctest
 import importlib
 import itertools
+import math
 import pkgutil
 import typing
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from portmanteau.merge.registry import operators
 
 ALL = operators()
 LENGTH = 150_001  # no multiple of any part
+LONG = (1095, 137)  # nor is this, and rows go over from one part to the next
 SHAPES = ((), (1,), (7,), (3, 5), (2, 3, 4), (0,), (3, 0))
 
 
@@ -71,14 +73,14 @@ def smooth(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32
 
 def mixed(shape: tuple[int, ...], seed: int) -> Tensor:
     """One half of either kind, entry by entry."""
-    even = torch.arange(shape[0]) % 2 == 0
+    even = (torch.arange(math.prod(shape)) % 2 == 0).view(shape)
     return torch.where(even, awkward(shape, seed), smooth(shape, seed))
 
 
 def applied(operator: Operator, stack: Tensor, base: Tensor | None = None, **chosen: Any) -> Tensor:
-    """Call the function as a user does: models, or deltas, and the base where it is asked for."""
-    base = torch.zeros_like(stack[0]) if base is None else base
-    return operator.apply(*(base if role == "base" else stack for role in operator.roles), **chosen)
+    """Call the function as a user does: models, or deltas, and what goes with them where it is asked for."""
+    beside = {"base": torch.zeros_like(stack[0]) if base is None else base, "importances": stack.abs()}
+    return operator.apply(*(beside.get(role, stack) for role in operator.roles), **chosen)
 
 
 def stack_of(operator: Operator, shape: tuple[int, ...], *, make: Any = awkward) -> Tensor:
@@ -112,7 +114,10 @@ def step_of(
 
     inputs = tuple(source(model, str(i)) for i, model in enumerate(models))
     output = TensorSpec("x", from_torch(dtype or models.dtype), tuple(base.shape))
-    return Step(output, operator, resolved, Inputs(inputs, source(base, "base") if operator.takes_base else None))
+    own_base = source(base, "base") if operator.takes_base else None
+    weighed = models if "importances" in operator.roles else ()
+    importances = tuple(source(model.abs(), str(i)) for i, model in enumerate(weighed))
+    return Step(output, operator, resolved, Inputs(inputs, own_base, importances))
 
 
 def made(step: Step, session: Session) -> Tensor:
@@ -194,14 +199,22 @@ def test_inputs_are_left_alone(operator: Operator) -> None:
         assert_same_bits(base, kept[1])
 
 
+@pytest.mark.parametrize("operator", [one for one in ALL.values() if "vectors" in one.roles], ids=named)
+def test_without_a_base_models_are_merged_as_they_are(operator: Operator) -> None:
+    models = stack_of(operator, (50,), make=smooth)
+    inputs = Inputs(step_of(operator, models, models[0], {}).inputs.models)
+    step = replace(step_of(operator, models, models[0], {}), inputs=inputs)
+    assert_same_bits(made(step, Session()), operator.apply(models))
+
+
 SESSIONS = (Session(1 << 16, keep=0), Session(1 << 16, keep=1 << 30), Session(1 << 17, keep=0), Session(1 << 20))
 
 
 @every
 def test_parts_give_the_bits_of_the_whole(operator: Operator) -> None:
-    models, base = stack_of(operator, (LENGTH,), make=mixed), mixed((LENGTH,), 9)
+    models, base = stack_of(operator, LONG, make=mixed), mixed(LONG, 9)
     if operator.name == "equal":
-        base = torch.zeros(LENGTH)
+        base = torch.zeros(LONG)
     stack = models - base if operator.on_deltas else models
     for chosen in variants(operator):
         whole = applied(operator, stack, base, **chosen)
@@ -213,17 +226,17 @@ def test_parts_give_the_bits_of_the_whole(operator: Operator) -> None:
 
 @every
 def test_any_run_of_entries_gives_the_bits_of_the_whole(operator: Operator) -> None:
-    models, base = stack_of(operator, (LENGTH,), make=smooth), smooth((LENGTH,), 9)
+    models, base = stack_of(operator, LONG, make=smooth), smooth(LONG, 9)
     for chosen in variants(operator):
         step = step_of(operator, models, base, chosen)
         whole = made(step, Session())
         run = Evaluation(Session(1 << 16, keep=0)).value(step, slice(65_001, 65_901))
-        assert_same_bits(run, whole[65_001:65_901])
+        assert_same_bits(run, whole.reshape(-1)[65_001:65_901])
 
 
 @every
 def test_the_number_of_torchs_threads_changes_no_bit(operator: Operator) -> None:
-    models, base = stack_of(operator, (LENGTH,), make=smooth), smooth((LENGTH,), 9)
+    models, base = stack_of(operator, LONG, make=smooth), smooth(LONG, 9)
     before = torch.get_num_threads()
     results = []
     try:
@@ -321,6 +334,38 @@ def test_models_beyond_the_fixed_number_are_refused(operator: Operator) -> None:
 def test_values_for_another_number_of_models_are_refused() -> None:
     with pytest.raises(MergeError, match="3 values for 2 models"):
         merge.operators.linear(torch.ones(2, 4), weight=[1.0, 2.0, 3.0])
+
+
+def test_probabilities_outside_zero_and_one_are_refused() -> None:
+    assert ALL["della"].refuses(2, {"density": 0.9}) == (
+        "density ± epsilon is 0.9 ± 0.15: both ends must lie between 0 and 1"
+    )
+    assert "0.1 ± 0.2" in ALL["della"].refuses(2, {"density": (0.5, 0.1), "epsilon": 0.2})
+    assert ALL["della"].refuses(2, {"density": 1.0}) == ""
+
+
+@pytest.mark.parametrize("name", ["dare", "della", "ties", "breadcrumbs"])
+def test_weights_that_cancel_cannot_divide(name: str) -> None:
+    chosen = {"weight": (1.0, -1.0), "elect": "none", "divide": "weights"}
+    assert ALL[name].refuses(2, chosen) == "the weights sum to zero"
+    assert ALL[name].refuses(2, {**chosen, "elect": "weighted"}) == ""
+
+
+@pytest.mark.parametrize("name", ["nuslerp", "karcher", "multislerp"])
+def test_weights_that_cancel_cannot_be_normalised(name: str) -> None:
+    assert "sum to zero" in ALL[name].refuses(2, {"weight": (1.0, -1.0), "normalize": True})
+
+
+def test_one_model_has_no_angle() -> None:
+    assert ALL["model_stock"].refuses(1, {}) == "takes two models or more, and 1 is given"
+
+
+def test_directions_that_cancel_are_refused() -> None:
+    three = torch.tensor([[1.0, 0.0], [-0.5, 0.75**0.5], [-0.5, -(0.75**0.5)]], dtype=torch.float64)
+    with pytest.raises(MergeError, match="directions of the models cancel"):
+        merge.operators.multislerp(three)
+    opposite = merge.operators.multislerp(torch.tensor([[3.0], [-1.0]]))  # as linear
+    torch.testing.assert_close(opposite, torch.tensor([1.0]))
 
 
 def test_tensors_that_differ_are_not_equal() -> None:

@@ -229,6 +229,7 @@ def test_compositions_has_exactly_these_public_names() -> None:
         "compose",
         "composition",
         "extract_sparse",
+        "fisher",
         "freeze_head",
         "freeze_layers",
         "greedy_soup",

@@ -63,12 +63,20 @@ def _width(shape: tuple[int, ...]) -> int:
     return max(1, shape[-1] if shape else 1)
 
 
-def outside(*, count: int, density: PerModel[float] = 0.5, epsilon: PerModel[float] = 0.15, **others: object) -> str:
+def outside(
+    *,
+    count: int,
+    density: PerModel[float] = 0.5,
+    epsilon: PerModel[float] = 0.15,
+    weight: PerModel[float] = 1.0,
+    elect: str = "weighted",
+    divide: str = "weights",
+) -> str:
     """Refuse probabilities outside (0, 1), and to divide by weights that sum to zero."""
     for share, spread in zip(each(density, count), each(epsilon, count), strict=True):
         if share < 1 and not spread < share < 1 - spread:
             return f"density ± epsilon is {share:g} ± {spread:g}: both ends must lie between 0 and 1"
-    return cancelling(count=count, **others)  # type: ignore[arg-type]
+    return cancelling(count=count, weight=weight, elect=elect, divide=divide)
 
 
 @operator(
