@@ -131,10 +131,11 @@ class Merge:
         """Write what is merged: the base, the models with their own settings, and the common ones."""
         method = self._method
         apart = method is not None and method.takes_base in ("required", "optional")
-        if method is not None and method.takes_base in ("required", "first") and base is None:
+        needed = ("required", "first", "optional") if base_given else ("required", "first")
+        if method is not None and method.takes_base in needed and base is None:
             where = path if base_given else (*self._path, "merge_method")
             lacks = "and it is not among the sources" if base_given else "and there is none"
-            self._wrong(where, f"{self._parameters.name} needs a base_model, {lacks}")
+            self._wrong(where, f"{self._parameters.name} needs its base_model, {lacks}")
         merged = [entry for entry in entries if not (apart and entry[0] == base)]
         merged.sort(key=lambda entry: entry[0] != base)  # the base is the first of equals: what the others are added to
         own: dict[str, Level] = {}

@@ -98,8 +98,10 @@ def slices(
             nodes |= piece.steps(part, target, notes)
         except MergeError as error:
             mistakes += [replace(mistake, where=f"parts.{number}") for mistake in error.mistakes]
-    every = {f"slice {i}: {label}": model for i, part in enumerate(parts) for label, model in part.inputs.items()}
-    mistakes += different_vocabularies({"donor": given, **every}, "donor") or list(_other_shapes(nodes, target))
+    every = dict.fromkeys([given, *(model for part in parts for model in part.inputs.values())])
+    others = {model.label: model for model in every if model is not given}
+    mistakes += different_vocabularies({**others, "the donor": given}, "the donor")
+    mistakes += _other_shapes(nodes, target)
     if mistakes:
         raise MergeError.of(mistakes)
     front, behind = _outside(parts, pieces, target, outside, notes)

@@ -202,6 +202,8 @@ def configuration(method: str, form: str, layout: str, base: bool, folder: Path)
 
     config: dict[str, Any] = {"merge_method": method, "dtype": "float32"}
     if layout == "models":
+        if base and draw.random.random() < 0.5:
+            labels.remove("base")  # then it is added
         config["models"] = [{"model": str(folder / label), **own(label)} for label in labels]
     else:
         config["slices"] = []
@@ -401,7 +403,12 @@ PART = "{model: a, layer_range: [0, 4]}"
         (LINEAR + AB + "chat_template: chatml", "4: chat_template 'chatml': portmanteau carries no templates"),
         (LINEAR + "models: [{model: {model: a, override_architecture: X}}]", "3: override_architecture is not needed"),
         (LINEAR + "models: [{model: a+x+y}]", "3: 'a+x+y' is no reference to a model"),
-        ("merge_method: ties\nparameters: {weight: 1}\n" + AB, "1: ties needs a base_model, and there is none"),
+        ("merge_method: ties\nparameters: {weight: 1}\n" + AB, "1: ties needs its base_model, and there is none"),
+        (
+            "merge_method: nuslerp\nparameters: {weight: 1}\nbase_model: base\nslices:\n"
+            "- sources: [{model: a, layer_range: [0, 1]}, {model: b, layer_range: [0, 1]}]",
+            "5: nuslerp needs its base_model, and it is not among the sources",
+        ),
         ("merge_method: slerp\nbase_model: a\nmodels: [{model: b, parameters: {t: 0.5}}]", "3: t is no matter of one"),
         ("merge_method: slerp\nbase_model: a\nparameters: {t: 1}\nmodels: [{model: a}]", "4: slerp takes exactly 2"),
         ("merge_method: slerp\nbase_model: a\nparameters: {t: 2}\n" + AB, "3: t is 2: input should be less than or"),

@@ -289,3 +289,10 @@ def test_a_config_of_shared_layers_is_refused(write: Write, tmp_path: Path) -> N
     assert found == (
         "1: slices: the tensor names show 4 layers in model.layers, and config.json says num_hidden_layers: 12"
     )
+
+
+def test_models_whose_tokens_have_other_ids_are_refused(write: Write, tmp_path: Path) -> None:
+    for name, words in (("a", {"x": 0, "y": 1}), ("b", {"x": 1, "y": 0})):
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps({"model": {"vocab": words}}))
+    found = mistakes(write("merge: {slices: [{model: a, layers: [0, 2]}, {model: b, layers: [2, 4]}]}"))
+    assert found == ["1: slices: b and the donor give other ids to 2 tokens: 'x', 'y'"]
