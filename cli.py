@@ -82,6 +82,7 @@ def build(
             recipe=loaded.text,
             progress=progress,
         )
+    _notes([note for note in receipt.notes if note not in composed.notes])  # what only surveys could tell
     if as_json:
         _print_json({"out": str(out), **asdict(receipt)})
     else:
@@ -162,13 +163,14 @@ def inspect(
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Show a checkpoint's tensors, sizes, layers and dtypes, from its headers."""
-    opened = merge.open(checkpoint)
-    found = describe.checkpoint(opened, tensors=tensors)
+    """Show the tensors, sizes, layers and dtypes of a checkpoint, a bottleneck adapter or a sparse fine-tune."""
+    found = describe.reference(checkpoint, tensors=tensors)
     if as_json:
         _print_json(found)
         return
     typer.echo(f"{checkpoint}: {found['tensors']} tensors, {found['entries']:,} entries, {readable(found['bytes'])}")
+    for about in found.get("about", ()):
+        typer.echo("; ".join(f"{key.replace('_', ' ')}: {value}" for key, value in about.items()))
     groups = [(r["where"], r["layers"], str(r["tensors"]), readable(r["bytes"]), r["dtypes"]) for r in found["groups"]]
     _table(("where", "layers", "tensors", "bytes", "dtypes"), groups)
     if tensors:

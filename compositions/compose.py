@@ -9,6 +9,7 @@ from typing import Any
 
 from portmanteau.merge import (
     Checkpoint,
+    CheckpointError,
     Composed,
     MergeError,
     PortmanteauError,
@@ -20,6 +21,7 @@ from portmanteau.merge.errors import Mistake
 
 from .composition import compositions
 from .lines import KeyPath
+from .lora import lora
 from .matching import different_vocabularies
 from .recipe import Body, Recipe
 from .reference import Reference, references, replaced
@@ -74,6 +76,7 @@ class _Composer:
         recipe, mistakes = self._recipe, []
         bodies = [*recipe.steps.values(), recipe.merge]
         used = [found for body in bodies for found in references(body.arguments, body.path)]
+        used += [(("models", name, "lora"), one) for name, found in recipe.models.items() for one, _ in found.lora]
         named: list[tuple[KeyPath, Reference]] = []
         for name in recipe.models:
             kinds = [found for _, found in used if found.path == name] or [Reference(path=name)]
@@ -92,14 +95,28 @@ class _Composer:
     def _opened(self, reference: Reference) -> Any:
         """Give what a reference stands for: a step's result, or what its kind of reference opens; once for each."""
         if reference not in self._made:
-            name, folder = reference.path, self._recipe.folder
-            if name in self._recipe.steps:
-                self._made[reference] = self._step(name)
-            else:
-                meant = self._recipe.models.get(name, reference)
-                place = meant.path if meant.is_on_hub(folder) else meant.local(folder)
-                self._made[reference] = reference.opener(place, revision=meant.revision, label=name)
+            self._made[reference] = self._opening(reference)
         return self._made[reference]
+
+    def _opening(self, reference: Reference) -> Any:
+        name, folder = reference.path, self._recipe.folder
+        if reference.lora:
+            return self._folded(self._opened(reference.model_copy(update={"lora": ()})), reference)
+        if name in self._recipe.steps:
+            return self._step(name)
+        meant = self._recipe.models.get(name, reference)
+        place = meant.path if meant.is_on_hub(folder) else meant.local(folder)
+        opened = reference.opener(place, revision=meant.revision, label=name)
+        return self._folded(opened, meant) if meant.lora else opened
+
+    def _folded(self, base: Any, reference: Reference) -> Composed:
+        """Fold the adapters of a reference into its model."""
+        if not isinstance(base, Checkpoint):
+            raise CheckpointError(reference.path, "only a model takes a lora")
+        adapters = {self._opened(adapter): weight for adapter, weight in reference.lora}
+        if len(adapters) < len(reference.lora):
+            raise CheckpointError("lora", "an adapter is named twice", "give it a weight instead")
+        return lora(base=base, adapters=adapters).called(base.label)
 
     def _step(self, name: str) -> Composed | Surveyed:
         body = self._recipe.steps[name]

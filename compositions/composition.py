@@ -36,7 +36,7 @@ _REGISTRY: dict[str, Composition] = {}
 def composition(*, source: str) -> Callable[[F], F]:
     """Register a function as the composition of its name, and hand it back unchanged.
 
-    Its keyword-only parameters are its keys in a recipe; Checkpoint and Adapter in annotations are references there.
+    Its keyword-only parameters are its keys in a recipe; Checkpoint, Adapter, Bottleneck in annotations are references.
     """
 
     def register(function: F) -> F:

@@ -16,6 +16,7 @@ from portmanteau.merge.names import align, matches
 from portmanteau.merge.node import Node
 
 HEADS = "*lm_head.weight|*embed_out.weight|*predictions.decoder.weight|*output_projection.weight"
+_WITH_TIED_HEADS = "*ForCausalLM|*LMHead*|*ForMaskedLM|*ForConditionalGeneration"
 TASK_HEADS = "*classifier*|qa_outputs.*|score.*"  # made anew for a task, so initialised by each run's seed
 _KEEP = "unmatched: keep takes such tensors from the first model that has them, unmatched: drop leaves them out"
 
@@ -154,3 +155,11 @@ def _same_files(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     names = ("tokenizer.json", "vocab.txt")
     pairs = [(one.get(name), other.get(name)) for name in names]
     return all(a is None or b is None or a == b or a.read_bytes() == b.read_bytes() for a, b in pairs)
+
+
+def is_tied(base: Checkpoint) -> bool:
+    """Tell whether the head of a language model is its embedding."""
+    config = base.companions.config or {}
+    generates = any(matches(_WITH_TIED_HEADS, name) for name in config.get("architectures") or ())
+    own = any(matches(HEADS, name) for name in base.specs)
+    return generates and not own and config.get("tie_word_embeddings") is not False

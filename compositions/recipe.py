@@ -216,12 +216,16 @@ class _Reader:
                 self._wrong(("steps", name), f"{name!r} is already the name of a model")
         for name, reference in models.items():
             self._check_place(reference, folder, ("models", name), [])
+            for adapter, _ in reference.lora:
+                if adapter.path not in models:
+                    self._check_place(adapter, folder, ("models", name, "lora"), [])
         for body in bodies:
             for path, reference in references(body.arguments, body.path):
                 if reference.path not in names:
                     self._check_place(reference, folder, path, names)
                 elif reference.path in steps and not reference.may_be_step:
-                    self._wrong(path, f"{reference.path!r} is a step, which makes a model")
+                    what = f"{reference.path!r} is a step; adapters and sparse fine-tunes are read from disk"
+                    self._wrong(path, what, "build it first, by a recipe of its own")
         if output.tokenizer is not None and output.tokenizer.path not in names:
             self._check_place(output.tokenizer, folder, ("output", "tokenizer"), names)
 

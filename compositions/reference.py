@@ -11,15 +11,25 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from portmanteau.merge import Adapter, Checkpoint, SparseFineTune, open_adapter, open_sparse
+from portmanteau.merge import (
+    Adapter,
+    Bottleneck,
+    Checkpoint,
+    SparseFineTune,
+    open_adapter,
+    open_bottleneck,
+    open_sparse,
+)
 from portmanteau.merge import open as open_checkpoint
 from portmanteau.merge.hub import is_hub_id
 
 from .lines import KeyPath
+
+Weight = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Reference(BaseModel):
@@ -31,11 +41,20 @@ class Reference(BaseModel):
 
     path: str
     revision: str | None = None
+    lora: tuple[tuple[AdapterReference, Weight], ...] = ()  # adapters that are folded in, with their weights
 
     @model_validator(mode="before")
     @classmethod
     def _from_text(cls, value: Any) -> Any:
         return {"path": value} if isinstance(value, str) else value
+
+    @field_validator("lora", mode="before")
+    @classmethod
+    def _weighted(cls, value: Any) -> Any:
+        """Read one adapter, a list of them, or a mapping from adapters to weights; the long form is one adapter."""
+        if isinstance(value, dict) and "path" not in value:
+            return tuple(value.items())
+        return tuple(one if isinstance(one, tuple) else (one, 1.0) for one in _listed(value))
 
     def local(self, folder: Path) -> Path:
         """Give the path that it would be on this machine, relative to the recipe's folder."""
@@ -51,7 +70,7 @@ class Reference(BaseModel):
         if not self.is_pattern:
             return [self]
         found = sorted(glob.glob(self.path, root_dir=folder), key=_numbers_as_numbers)  # noqa: PTH207 - keeps the path as written
-        return [type(self)(path=path) for path in found]
+        return [self.model_copy(update={"path": path}) for path in found]
 
     def is_on_hub(self, folder: Path) -> bool:
         """Tell whether it is no local path, and has the form of a Hub id."""
@@ -64,6 +83,22 @@ class AdapterReference(Reference):
     may_be_step: ClassVar[bool] = False
     opener: ClassVar[Callable[..., Any]] = staticmethod(open_adapter)
 
+    @model_validator(mode="after")
+    def _alone(self) -> Self:
+        if self.lora:
+            raise ValueError("an adapter takes no lora: name both in one list")
+        return self
+
+
+Reference.model_rebuild()
+
+
+class BottleneckReference(Reference):
+    """What stands for a bottleneck adapter in a recipe."""
+
+    may_be_step: ClassVar[bool] = False
+    opener: ClassVar[Callable[..., Any]] = staticmethod(open_bottleneck)
+
 
 class SparseReference(Reference):
     """What stands for a sparse fine-tune in a recipe."""
@@ -75,6 +110,7 @@ class SparseReference(Reference):
 _KINDS: Mapping[Any, type[Reference]] = {
     Checkpoint: Reference,
     Adapter: AdapterReference,
+    Bottleneck: BottleneckReference,
     SparseFineTune: SparseReference,
 }
 
@@ -86,7 +122,7 @@ def _numbers_as_numbers(path: str) -> list[str | int]:
 
 def _listed(value: Any) -> Any:
     """Let one reference stand for a list of one."""
-    return value if isinstance(value, list) else [value]
+    return value if isinstance(value, list | tuple) else [value]
 
 
 def as_reference(annotation: Any) -> Any:
@@ -108,9 +144,10 @@ def as_reference(annotation: Any) -> Any:
 
 
 def references(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Reference]]:
-    """Go through the references in a validated value that stands at `path`, and where each of them stands."""
+    """Go through the references in a value that stands at `path`, adapters inside them too, and their places."""
     if isinstance(value, Reference):
         yield path, value
+        yield from (((*path, "lora"), adapter) for adapter, _ in value.lora)
     elif isinstance(value, Mapping):
         for key, one in value.items():
             yield from references(key, path)

@@ -11,12 +11,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic.fields import FieldInfo
 
-from portmanteau.merge import Adapter, Checkpoint, RecipeError
+from portmanteau.merge import Adapter, Bottleneck, Checkpoint, RecipeError, SparseFineTune
 from portmanteau.merge.errors import nearest
 from portmanteau.merge.operator import Setting
 from portmanteau.merge.registry import operators
 
 from .composition import Composition, compositions
+
+_NAMES = {Checkpoint: "model", Adapter: "adapter", Bottleneck: "bottleneck adapter", SparseFineTune: "sparse fine-tune"}
 
 
 def overview() -> list[dict[str, str]]:
@@ -64,8 +66,8 @@ def _key(name: str, annotation: Any, default: Any) -> dict[str, str]:
 def _type(annotation: Any) -> str:
     """Write a type for people: `model`, `int`, `{bottom, top}`, `language | task`."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if annotation in (Checkpoint, Adapter):
-        return "model" if annotation is Checkpoint else "adapter"
+    if annotation in _NAMES:
+        return _NAMES[annotation]
     if hasattr(annotation, "recipe_form"):
         return "{" + ", ".join(annotation.recipe_form.model_fields) + ", settings of the operator}"
     if origin is Annotated:

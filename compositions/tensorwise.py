@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from portmanteau.merge import Checkpoint, Composed, MergeError, Operator, Step
 from portmanteau.merge.dtypes import is_float, is_packed
 from portmanteau.merge.errors import Mistake, nearest, some
-from portmanteau.merge.names import matches
+from portmanteau.merge.names import Place, matches
 from portmanteau.merge.node import Inputs, copy_of
 from portmanteau.merge.operator import Setting
 from portmanteau.merge.registry import find, operators
@@ -198,6 +198,11 @@ def _choices(setting: Setting, value: Any, inner: Path = ()) -> Iterator[tuple[P
         yield inner, f"{setting.name} has no value where no pattern fits"
 
 
+def step_on_deltas(operator: str, settings: Mapping[str, Any], met: Met, place: Place | None) -> Step:
+    """Make the step of one operator over tensors that are deltas already; settings as `tensorwise` takes them."""
+    return Job(tuple(met.nodes), None, operator, settings, ()).step(met, place.depth if place else 0.0)
+
+
 @dataclass(frozen=True)
 class Job:
     """What is asked for, apart from any one tensor."""
@@ -219,11 +224,12 @@ class Job:
         labels = rule.models if rule and rule.models else self.models
         why = rule.why if rule else self.why
         models = tuple(met.nodes[label] for label in labels)
-        if not is_float(met.spec.dtype):
-            exact = operator if operator.name == "copy" else find("equal")
-            return Step(met.spec, exact, {}, Inputs(models), labels, why)
+        if not is_float(met.spec.dtype) and operator.name != "copy":
+            return Step(met.spec, find("equal"), {}, Inputs(models), labels, why)
         base = met.nodes[self.base] if self.base is not None and operator.takes_base else None
         settings = {s.name: self._value(s, rule, labels, met, depth) for s in operator.settings.values()}
+        if not is_float(met.spec.dtype) and not is_packed(met.spec.dtype):
+            settings = {}  # counters and the like are never multiplied
         return Step(met.spec, operator, settings, Inputs(models, base), labels, why)
 
     def _value(self, setting: Setting, rule: Rule | None, labels: tuple[str, ...], met: Met, depth: float) -> Any:

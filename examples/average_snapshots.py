@@ -1,12 +1,13 @@
 """Measure checkpoint and run averaging on a small classifier that is trained in language A and tested in A and in B.
 
-    python examples/average_snapshots.py [--quick] [--out FILE.json]
+    python examples/average_snapshots.py [--setting constant] [--quick] [--out FILE.json]
 
-Everything is synthetic. A *world* has topics, and every topic prefers some meanings; languages A and B have one word
-each for a meaning, none in common. A text is two sentences, each drawn from one topic. A small encoder of XLM-R's kind
-is trained from scratch on masked words in A, in B and code-switched. The stock Trainer then fine-tunes it on a task in
-A alone (do both sentences share their topic, only its field, or neither?) with a weight-only snapshot after each of 10
-epochs, for every learning rate, batch size and seed of a grid. The test is in A (source) and in B (target, zero-shot).
+Everything is synthetic (`topic_world.py`). A small encoder of XLM-R's kind is trained from scratch on text in languages
+A and B. The stock Trainer then fine-tunes it on a task in A alone, with a weight-only snapshot after each of 10 epochs,
+for every learning rate, batch size and seed of a grid. The test is in A (source) and in B (target, zero-shot).
+
+There are two settings. In `decaying` the learning rate falls to 0 and the loss still falls after the first epoch; in
+`constant` it stays, batches are small, and some labels are wrong, so that the snapshots wander.
 
 As in Schmidt et al. 2023 the head is trained once, in a run of its own, and every run of the grid trains the encoder
 alone below that head, frozen. Per run: the last snapshot, the average of all, the average without the first half. Per
@@ -21,26 +22,20 @@ import json
 import statistics
 import sys
 import tempfile
-import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
+from topic_world import World, pretrain
 from torch import Tensor
 
 from portmanteau import compositions, merge
 
-SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # in XLM-R's order
-MEANINGS, TOPICS, FIELD, WORDS = 120, 12, 3, 8  # a field is so many topics; a sentence so many words
-LENGTH, CONCENTRATION, BACKGROUND = 2 * WORDS + 2, 0.05, 0.2
-MASKED, SHARES = 0.25, (0.25, 0.25, 0.5)  # of the text for pre-training: in A, in B, code-switched
-SHAPE = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 256}
 SAVING = {"save_strategy": "epoch", "save_only_model": True, "logging_strategy": "epoch", "use_cpu": True}
 QUIET = {"report_to": "none", "disable_tqdm": True}
 LANGUAGES = {"source": "A", "target": "B"}
@@ -63,73 +58,33 @@ class Setting:
     skip_first: float = 0.5
     weight_decay: float = 0.05
     warm_up: float = 0.1  # as a share of all steps
+    schedule: str = "linear"  # of the learning rate after that, as the Trainer names it
+    noise: float = 0.0  # so large a share of the training labels is wrong
 
 
-QUICK = Setting((1e-4, 1e-3), (32,), (0, 1), epochs=4, examples=64, tested=50, pretraining=3)
-
-
-class World:
-    """Topics, the words that they prefer, and two languages with one word each for a meaning."""
-
-    def __init__(self, seed: int) -> None:
-        """Draw, for every topic, how likely it uses each meaning: [TOPICS, MEANINGS]."""
-        self.seed = seed
-        dice = np.random.default_rng((seed, 0))
-        own = dice.dirichlet([CONCENTRATION] * MEANINGS, TOPICS)
-        self.likely = torch.from_numpy((1 - BACKGROUND) * own + BACKGROUND / MEANINGS)
-
-    def text(self, topics: Tensor, share_b: Tensor, dice: torch.Generator) -> Tensor:
-        """Write pairs of sentences about topics [n, 2], so large a share of their words in B [n]: [n, LENGTH]."""
-        meanings = torch.multinomial(self.likely[topics.flatten()], WORDS, replacement=True, generator=dice)
-        in_b = torch.rand(len(topics), 2 * WORDS, generator=dice) < share_b[:, None]
-        words = len(SPECIAL) + meanings.view(len(topics), -1) + MEANINGS * in_b
-        begin, end = (torch.full((len(topics), 1), SPECIAL.index(sign)) for sign in ("<s>", "</s>"))
-        return torch.cat([begin, words[:, :WORDS], end, words[:, WORDS:]], 1)
-
-    def plain(self, count: int, dice: torch.Generator) -> Tensor:
-        """Write text for pre-training, each pair in A, in B or code-switched: [count, LENGTH]."""
-        topics = torch.randint(TOPICS, (count, 2), generator=dice)
-        topics[: count // 2, 1] = topics[: count // 2, 0]
-        kinds = torch.multinomial(torch.tensor(SHARES), count, replacement=True, generator=dice)
-        return self.text(topics, torch.tensor([0.0, 1.0, 0.5])[kinds], dice)
-
-    def task(self, count: int, language: str, split: str) -> tuple[Tensor, Tensor]:
-        """Write pairs [count, LENGTH] and their relation [count]: same topic, same field, neither."""
-        dice = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {language} {split}".encode()))
-        labels = torch.randint(3, (count,), generator=dice)
-        first = torch.randint(TOPICS, (count,), generator=dice)
-        fields = TOPICS // FIELD
-        within = (first + torch.randint(1, FIELD, (count,), generator=dice)) % FIELD + first // FIELD * FIELD
-        other = (first // FIELD + torch.randint(1, fields, (count,), generator=dice)) % fields
-        apart = other * FIELD + torch.randint(FIELD, (count,), generator=dice)
-        second = torch.stack([first, within, apart], 1)[torch.arange(count), labels]
-        share = torch.full((count,), float(language == "B"))
-        return self.text(torch.stack([first, second], 1), share, dice), labels
-
-
-def pretrain(world: World, steps: int, folder: Path) -> float:
-    """Train an encoder from scratch on masked words, save it, and give its last loss (mean of 50 batches)."""
-    transformers.set_seed(world.seed)
-    words = {"vocab_size": len(SPECIAL) + 2 * MEANINGS, "max_position_embeddings": LENGTH + 2, "type_vocab_size": 1}
-    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.1}
-    config = transformers.XLMRobertaConfig(**words, **SHAPE, **dropout)
-    model = transformers.XLMRobertaForMaskedLM(config).train()
-    optimizer = torch.optim.AdamW(model.parameters(), 2e-3, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1.0, (i + 1) / 100) * (1 - 0.95 * i / steps))
-    dice, losses = torch.Generator().manual_seed(world.seed), []
-    for _ in range(steps):
-        text = world.plain(64, dice)
-        hidden = (torch.rand(text.shape) < MASKED) & (text >= len(SPECIAL))
-        labels = text.masked_fill(~hidden, -100)
-        loss = model(input_ids=text.masked_fill(hidden, SPECIAL.index("<mask>")), labels=labels).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
-    model.save_pretrained(folder)
-    return statistics.fmean(losses[-50:])
+SETTINGS = {
+    "decaying": Setting(),
+    "constant": Setting(
+        learning_rates=(3e-5, 3e-4, 1e-3, 2e-3),
+        batches=(16, 32),
+        examples=1500,
+        middle=(1e-3, 16),
+        warm_up=0.02,
+        schedule="constant_with_warmup",
+        noise=0.1,
+    ),
+}
+QUICK = partial(
+    replace,
+    learning_rates=(1e-4, 1e-3),
+    batches=(32,),
+    seeds=(0, 1),
+    epochs=4,
+    examples=64,
+    tested=50,
+    pretraining=3,
+    middle=(1e-3, 32),
+)
 
 
 @dataclass(frozen=True)
@@ -148,7 +103,7 @@ class Run:
         if head is not None:
             model.load_state_dict(head, strict=False)
             model.classifier.requires_grad_(False)
-        pairs, labels = world.task(setting.examples, "A", "train")
+        pairs, labels = world.task(setting.examples, "A", "train", setting.noise)
         arguments = transformers.TrainingArguments(
             output_dir=str(self.folder),
             num_train_epochs=setting.epochs,
@@ -156,6 +111,7 @@ class Run:
             per_device_train_batch_size=self.batch,
             weight_decay=setting.weight_decay,
             warmup_steps=setting.warm_up,
+            lr_scheduler_type=setting.schedule,
             seed=self.seed,
             **(SAVING | QUIET),
         )
@@ -250,20 +206,27 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):.3f} ({statistics.stdev(values):.3f})" if len(values) > 1 else f"{values[0]:.3f}"
 
 
+def above(runs: Sequence[Mapping[str, Any]], where: str) -> int:
+    """Count the runs whose average of all snapshots is better than their last one."""
+    return sum(run["average"][where] > run["last"][where] for run in runs)
+
+
 def tables(results: Mapping[str, Any]) -> str:
     """Lay the results out as two Markdown tables: single runs, and averages over the seeds."""
     runs, groups, own = results["runs"], results["averages over the seeds"], results["control: heads of their own"]
     names = ("last", "average", "average, first half left out")
-    lines = [f"| single runs | tested in | {' | '.join(names)} | noted |", "|---" * 6 + "|"]
+    lines = [f"| single runs | tested in | {' | '.join(names)} | average above last | noted |", "|---" * 7 + "|"]
     for where, rate in product(LANGUAGES, dict.fromkeys(run["learning_rate"] for run in runs)):
         chosen = [run for run in runs if run["learning_rate"] == rate]
         found = " | ".join(spread([run[name][where] for run in chosen]) for name in names)
-        lines.append(f"| {rate:g} | {where} | {found} | {sum(run['noted'] for run in chosen)} of {len(chosen)} |")
+        counts = [above(chosen, where), sum(run["noted"] for run in chosen)]
+        lines.append(f"| {rate:g} | {where} | {found} | {' | '.join(f'{n} of {len(chosen)}' for n in counts)} |")
     seeds = len(results["setting"]["seeds"])  # the runs of a cell, next to each other
     for size, where in product((1, seeds), LANGUAGES):
         cells = [runs[i : i + size] for i in range(0, len(runs), size)]
         found = " | ".join(spread([statistics.fmean(run[name][where] for run in c) for c in cells]) for name in names)
-        lines.append(f"| **{'all runs' if size == 1 else 'means over seeds'}** | {where} | {found} | |")
+        label, count = ("all runs", f"{above(runs, where)} of {len(runs)}") if size == 1 else ("means over seeds", "")
+        lines.append(f"| **{label}** | {where} | {found} | {count} | |")
     lines.append("\n| averages over the seeds | tested in | single last | last of each | all of each |")
     lines.append("|---" * 5 + "|")
     for where in LANGUAGES:
@@ -278,6 +241,7 @@ def tables(results: Mapping[str, Any]) -> str:
 def main() -> None:
     """Parse the command line, train, measure, print."""
     parser = argparse.ArgumentParser(description="Measure checkpoint and run averaging on a small classifier.")
+    parser.add_argument("--setting", choices=list(SETTINGS), default="decaying", help="how the models are trained")
     parser.add_argument("--quick", action="store_true", help="only see that it runs; the numbers mean nothing")
     parser.add_argument("--world", type=int, default=0, help="seed of the world, its text and the encoder")
     parser.add_argument("--split", choices=["test", "development"], default="test")
@@ -288,7 +252,8 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     with tempfile.TemporaryDirectory() as scratch:
-        setting = QUICK if arguments.quick else Setting()
+        setting = SETTINGS[arguments.setting]
+        setting = QUICK(setting) if arguments.quick else setting
         folder = arguments.runs or Path(scratch)
         results = Experiment(World(arguments.world), setting, arguments.split, folder).measure()
     if arguments.out:

@@ -2,6 +2,7 @@
 
 from . import operators
 from .adapter import Adapter, open_adapter
+from .bottleneck import Bottleneck, open_bottleneck
 from .checkpoint import Checkpoint
 from .composed import Composed
 from .errors import CheckpointError, MergeError, OutputError, PortmanteauError, RecipeError
@@ -18,6 +19,7 @@ from .tensor_spec import TensorSpec
 
 __all__ = [
     "Adapter",
+    "Bottleneck",
     "Checkpoint",
     "CheckpointError",
     "Composed",
@@ -41,6 +43,7 @@ __all__ = [
     "make_plan",
     "open",
     "open_adapter",
+    "open_bottleneck",
     "open_sparse",
     "operator",
     "operators",

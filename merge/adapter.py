@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from . import hub
+from .adapter_folder import CONFIG, locate
+from .checkpoint import Checkpoint
 from .companions import gather, read_json
-from .errors import CheckpointError, Mistake, nearest
+from .errors import CheckpointError, Mistake
 from .stored import StoredCheckpoint, open
 
-CONFIG = "adapter_config.json"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _READ = {"peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "fan_in_fan_out"}
 _HARMLESS = {  # which modules there are is seen in the file; how they were trained does not matter afterwards
     *("auto_mapping", "base_model_name_or_path", "bias", "corda_config", "eva_config", "exclude_modules"),
@@ -62,7 +63,8 @@ class Adapter:
 
     Attributes:
         label: what messages and receipts call it.
-        stored: its weight file.
+        stored: its tensors: those of its weight file, or those that a composition makes.
+        config: its adapter_config.json, parsed.
         modules: path of the module in the base → its change.
         saved: name in the base → name in the file, of tensors trained and stored whole (`modules_to_save`, biases).
         copies: name in the base → name in the file, of the base's own tensors, which peft stores beside embeddings.
@@ -71,7 +73,8 @@ class Adapter:
     """
 
     label: str
-    stored: StoredCheckpoint
+    stored: Checkpoint
+    config: Mapping[str, Any]
     modules: Mapping[str, Module]
     saved: Mapping[str, str]
     copies: Mapping[str, str]
@@ -89,20 +92,8 @@ def open_adapter(reference: str | Path, *, revision: str | None = None, label: s
 
     Raises CheckpointError, with every mistake found, where there is none or where its arithmetic is not known here.
     """
-    path, text = Path(reference).expanduser(), str(reference)
-    label, repository = label or text, None
-    if not path.exists() and hub.is_hub_id(text) and not (isinstance(reference, Path) and path.is_absolute()):
-        repository, _, tag = text.partition("@")
-        path = hub.download(repository, revision or tag or None, hub.ADAPTER)
-        revision = path.name
-    if not path.is_dir():
-        known = [sibling.name for sibling in path.parent.glob("*")] if path.parent.is_dir() else []
-        hint = "name the folder that holds it" if path.is_file() else nearest(path.name, known) if known else ""
-        raise CheckpointError(text, "an adapter is a folder" if path.is_file() else "no such folder", hint)
-    if not (path / CONFIG).is_file():
-        raise CheckpointError(
-            str(path), f"holds no {CONFIG}", "an adapter folder is what peft's save_pretrained writes"
-        )
+    found = locate(reference, revision, hub.ADAPTER, "peft's save_pretrained")
+    label, path = label or str(reference), found.path
     config = read_json(path / CONFIG)
     mistakes = [Mistake(str(path / CONFIG), what, hint) for what, hint in _refusals(config)]
     files = [path / name for name, _ in hub.ADAPTER if (path / name).is_file()]
@@ -111,11 +102,16 @@ def open_adapter(reference: str | Path, *, revision: str | None = None, label: s
     if mistakes:
         raise CheckpointError.of(mistakes)
     file = open(files[0], label=label).files[0]
-    return _sorted(StoredCheckpoint(label, [file], gather(path), revision, repository), config)
+    stored = StoredCheckpoint(label, [file], gather(path), found.revision, found.repository)
+    return adapter_of(stored, config, str(file.path))
 
 
 def _refusals(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Find what changes the arithmetic in ways that are not known here: what, and a hint."""
+    if "peft_type" not in config and isinstance(config.get("config"), dict):
+        hint = "average_adapters and stack_adapters take AdapterHub's bottleneck adapters"
+        yield "an adapter of AdapterHub's library adapters, not of peft", hint
+        return
     if config.get("peft_type") != "LORA":
         yield f"peft_type is {config.get('peft_type')!r}", "only LoRA adapters can be added to weights"
         return
@@ -139,14 +135,17 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
-def _sorted(stored: StoredCheckpoint, config: Mapping[str, Any]) -> Adapter:
-    """Sort the tensors of an adapter's file: factors of modules, tensors stored whole, copies of the base's."""
+def adapter_of(stored: Checkpoint, config: Mapping[str, Any], where: str) -> Adapter:
+    """Sort the tensors of an adapter: factors of modules, tensors stored whole, copies of the base's.
+
+    Raises CheckpointError, at `where`, for modules that lack a factor and tensors that nothing is known about.
+    """
     factors: dict[str, dict[str, str]] = {}
     embeddings: set[str] = set()
     saved: dict[str, str] = {}
     copies: dict[str, str] = {}
     for name in stored.specs:
-        own = name.removeprefix(_PREFIX)
+        own = name.removeprefix(PREFIX)
         ending = next((e for e in _FACTORS if own.endswith(f".{e}")), None)
         if ending is not None:
             path = own.removesuffix(f".{ending}")
@@ -157,7 +156,7 @@ def _sorted(stored: StoredCheckpoint, config: Mapping[str, Any]) -> Adapter:
             copies[own.replace(".base_layer.", ".")] = name
         else:
             saved[own.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = name
-    mistakes = list(_incomplete(stored, factors, saved, bool(config.get("use_dora"))))
+    mistakes = list(_incomplete(where, factors, saved, bool(config.get("use_dora"))))
     if mistakes:
         raise CheckpointError.of(mistakes)
     modules = {}
@@ -166,14 +165,13 @@ def _sorted(stored: StoredCheckpoint, config: Mapping[str, Any]) -> Adapter:
         alpha = _of_module(config.get("alpha_pattern") or {}, path, config["lora_alpha"])
         scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
         modules[path] = Module(found["a"], found["b"], scaling, rank, path in embeddings, found.get("magnitude", ""))
-    return Adapter(stored.label, stored, modules, saved, copies, bool(config.get("fan_in_fan_out")))
+    return Adapter(stored.label, stored, config, modules, saved, copies, bool(config.get("fan_in_fan_out")))
 
 
 def _incomplete(
-    stored: StoredCheckpoint, factors: Mapping[str, Mapping[str, str]], saved: Iterable[str], dora: bool
+    where: str, factors: Mapping[str, Mapping[str, str]], saved: Iterable[str], dora: bool
 ) -> Iterator[Mistake]:
     """Find modules that lack a factor, and tensors that nothing is known about."""
-    where = str(stored.files[0].path)
     if not factors:
         yield Mistake(where, "holds no lora_A and lora_B", "an adapter file is what peft's save_pretrained writes")
     for path, found in factors.items():

@@ -82,6 +82,10 @@ class Companions:
         """Take every file but the config from another checkpoint."""
         return replace(self, files=other.files)
 
+    def with_texts_of(self, other: Companions) -> Companions:
+        """Add what is written for another: what a survey settled."""
+        return replace(self, texts={**self.texts, **other.texts}, derived={**self.derived, **other.derived})
+
 
 def gather(folder: Path) -> Companions:
     """Find the companions in a checkpoint's folder. Raises CheckpointError for a config that is not JSON."""
@@ -153,6 +157,7 @@ def write(companions: Companions, folder: Path, specs: Iterable[TensorSpec]) -> 
         shutil.copyfile(path, target)
         names.append(name)
     for name, text in companions.texts.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
         names.append(name)
     for name, make in companions.derived.items():

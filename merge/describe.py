@@ -6,9 +6,12 @@ from collections.abc import Iterable
 from typing import Any
 
 from .checkpoint import Checkpoint
+from .describe_bottleneck import adapters, is_bottleneck
+from .describe_sparse import is_sparse, sparse_fine_tune
 from .names import Stack
 from .plan import Plan
 from .receipt import choices
+from .stored import open
 from .tensor_spec import TensorSpec
 
 
@@ -42,6 +45,18 @@ def _short(value: object) -> str:
     if isinstance(value, tuple):
         return "[" + ", ".join(map(_short, value)) + "]"
     return str(value)
+
+
+def reference(where: str, *, tensors: bool = False) -> dict[str, Any]:
+    """Describe what a reference stands for: a checkpoint, or what is no model, with what it is under `about`.
+
+    Raises CheckpointError where it cannot be opened.
+    """
+    if is_bottleneck(where):
+        return adapters(where, tensors=tensors)
+    if is_sparse(where):
+        return sparse_fine_tune(where, tensors=tensors)
+    return checkpoint(open(where), tensors=tensors)
 
 
 def checkpoint(opened: Checkpoint, *, tensors: bool = False) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -66,7 +66,8 @@ class Limits:
         if entry * GRID > self.memory:
             needed = readable(entry * GRID)
             raise OutputError("--memory", f"{readable(self.memory)} is too small: this plan needs {needed}")
-        threads = max(1, min(self.threads, self.memory // (entry * GRID)))
+        held = max((*map(_held, plan.steps), *(survey.held for survey in plan.surveys)), default=0)
+        threads = max(1, min(self.threads, self.memory // (entry * GRID), self.memory // max(1, held)))
         share = self.memory // threads
         part = max(GRID, min(LARGEST_PART, share // 2 // entry // GRID * GRID))
         return threads, Session(part, keep=share // 2, threads=threads)
@@ -79,7 +80,8 @@ class Limits:
             groups = plan.pending.survey.groups.values()
             largest = session.part * max((_gathered_bytes(inputs) for group in groups for inputs in group), default=0)
         kept = session.keep if any(step.operator.measure for step in plan.steps) else 0
-        return threads * (largest + kept + max((_held(step) for step in plan.steps), default=0))
+        held = max((*map(_held, plan.steps), *(survey.held for survey in plan.surveys)), default=0)
+        return threads * (largest + kept + held)
 
 
 def _entry_bytes(node: Node) -> int:
@@ -151,7 +153,8 @@ def build(
             writer.finish()
         finally:
             writer.close()
-        companions.write(checkpoint.companions, folder, [step.output for step in plan.steps])
+        beside = checkpoint.companions.with_texts_of(plan.companions)
+        companions.write(beside, folder, [step.output for step in plan.steps])
         (folder / "README.md").write_text(model_card.text(plan, recipe, checkpoint.companions.form), encoding="utf-8")
         receipt = make_receipt(plan, Done(digests, found), recipe, time.monotonic() - begun)
         receipt.write(folder)
@@ -180,9 +183,19 @@ def carry_out(
     copies = all(is_byte_copy(step) for step in plan.steps)  # then torch is not even imported
     with nullcontext() if copies else one_thread(), _pool(threads) as run:
         progress.begin("merge", plan.bytes_written, len(plan.steps))
-        checks_first = sorted(plan.steps, key=lambda step: (step.operator.name != "equal", -step.output.nbytes))
-        digests = run((_Making(step, session, writer, progress) for step in checks_first), len(plan.steps))
+        work = ([_Making(step, session, writer, progress) for step in steps] for steps in _in_order(plan))
+        digests = run(work)
     return {step.output.name: digests[step.output.name] for step in plan.steps}
+
+
+def _in_order(plan: Plan) -> list[list[Step]]:
+    """Put checks first, then what is large; what is computed together stays together."""
+    groups: dict[object, list[Step]] = {}
+    for step in plan.steps:
+        node = step.inputs.models[0]
+        shared = node.together if isinstance(node, Made) else None
+        groups.setdefault(step if shared is None else shared, []).append(step)
+    return sorted(groups.values(), key=lambda s: (s[0].operator.name != "equal", -sum(one.output.nbytes for one in s)))
 
 
 @dataclass(frozen=True)
@@ -237,24 +250,26 @@ def _raw(values: Tensor) -> memoryview:
     return data
 
 
-Run = Callable[[Iterable[_Making], int], dict[str, str]]
+Run = Callable[[Iterable[Sequence[_Making]]], dict[str, str]]
 
 
 @contextmanager
 def _pool(threads: int) -> Iterator[Run]:
-    """Give a way to run work on threads: the first error, or an interrupt, ends it soon."""
+    """Give a way to run groups of work on threads: the first error, or an interrupt, ends it soon."""
     stop = threading.Event()
     with ThreadPoolExecutor(threads, "merge") as pool:
 
-        def run(work: Iterable[_Making], count: int) -> dict[str, str]:
-            futures: list[Future[tuple[str, str]]] = [pool.submit(making, stop.is_set) for making in work]
-            assert len(futures) == count
+        def one_after_the_other(group: Sequence[_Making]) -> list[tuple[str, str]]:
+            return [making(stop.is_set) for making in group]
+
+        def run(work: Iterable[Sequence[_Making]]) -> dict[str, str]:
+            futures: list[Future[list[tuple[str, str]]]] = [pool.submit(one_after_the_other, group) for group in work]
             try:
                 done, _ = wait(futures, return_when=FIRST_EXCEPTION)
                 for future in futures:
                     if future in done and future.exception() is not None:
                         future.result()
-                return dict(future.result() for future in futures)
+                return dict(made for future in futures for made in future.result())
             finally:
                 stop.set()
                 pool.shutdown(wait=True, cancel_futures=True)

@@ -17,6 +17,7 @@ class Form:
         metadata: what the header of the weight file says beside the tensors.
         library: the library that loads the folder, `library_name` on the Hub.
         title: what the model card calls it.
+        folders: tensor → the sub-folder where it lies, in a weight file of that name; without one, beside the card.
 
     """
 
@@ -24,6 +25,7 @@ class Form:
     metadata: Mapping[str, str] = field(default_factory=lambda: {"format": "pt"})
     library: str = "transformers"
     title: str = "A merged model"
+    folders: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def is_model(self) -> bool:

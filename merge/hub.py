@@ -15,6 +15,7 @@ MODEL = (
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
 ADAPTER = (("adapter_model.safetensors", ""), ("adapter_model.bin", ""))
+BOTTLENECK = (("adapter.safetensors", ""), ("pytorch_adapter.bin", ""))  # of AdapterHub's library adapters
 NOT_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*)\.(bin|pt|pth)")
 
 
@@ -27,8 +28,10 @@ def is_hub_id(text: str) -> bool:
     return _ID.fullmatch(text) is not None
 
 
-def download(repository: str, revision: str | None = None, kinds: Kinds = MODEL) -> Path:
+def download(repository: str, revision: str | None = None, kinds: Kinds = MODEL, also: tuple[str, ...] = ()) -> Path:
     """Give the folder of a repository at a revision, downloaded into huggingface_hub's cache or found there.
+
+    It holds the companions, the best of the kinds of weights, and of the files in `also` those that there are.
 
     Raises CheckpointError where it is unknown, gated, or neither cached nor reachable.
     """
@@ -45,6 +48,8 @@ def download(repository: str, revision: str | None = None, kinds: Kinds = MODEL)
     try:
         names = _listed(repository, revision)
         needed = None if names is None else _needed(repository, revision, names, kinds)
+        if needed is not None and names is not None:
+            needed += [name for name in also if name in names]
         return Path(snapshot_download(repository, revision=revision, allow_patterns=needed))
     except LocalEntryNotFoundError as error:
         hint = "check the network, or download it first on a machine that has one: hf download " + repository

@@ -40,6 +40,11 @@ def weighted_sum(tensors: Tensor, weights: Sequence[float]) -> Tensor:
     return total
 
 
+def total(values: Tensor) -> float:
+    """Sum all entries: in fp64 along rows of a fixed grid, then exactly over the rows. Any shape → a number."""
+    return math.fsum(row_sums(values))
+
+
 def row_sums(values: Tensor, row: int = ROW) -> list[float]:
     """Sum rows of so many entries in fp64; the last row may be shorter. Any shape → a list of numbers."""
     flat = values.reshape(-1).double()

@@ -11,7 +11,7 @@ from .receipt import choices
 
 def text(plan: Plan, recipe: str | None, form: Form = MODEL) -> str:
     """Write the card in Markdown, with the YAML front matter that the Hub reads."""
-    labels = [checkpoint.label for checkpoint in plan.checkpoints]
+    labels = [checkpoint.label for checkpoint in plan.checkpoints if checkpoint.files]
     parents = list(dict.fromkeys(checkpoint.repository for checkpoint in plan.checkpoints if checkpoint.repository))
     front = {
         **({"base_model": parents} if parents else {}),
@@ -26,7 +26,10 @@ def text(plan: Plan, recipe: str | None, form: Form = MODEL) -> str:
         f"# {form.title}",
         "",
     ]
-    lines += ["Built by portmanteau, without training, from:", "", *(f"- `{label}`" for label in labels), ""]
+    if labels:
+        lines += ["Built by portmanteau, without training, from:", "", *(f"- `{label}`" for label in labels), ""]
+    else:
+        lines += ["Written by portmanteau from tensors in memory.", ""]
     lines += ["| operator | models | tensors |", "|---|---|---|"]
     for row in choices(plan):
         lines.append(f"| {row['operator']} | {', '.join(row['models'])} | {row['tensors']} |")

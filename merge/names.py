@@ -74,6 +74,22 @@ class Layers:
         return hits[0] if len(hits) == 1 else self._by_prefix.get(word)
 
 
+def layers_up_to(names: Iterable[str], count: int | None = None) -> Layers:
+    """Learn the stacks of a whole model from some of its names: layers up to the highest named, or so many.
+
+    >>> layers_up_to(["h.1.attn.weight", "h.3.attn.weight"]).stacks
+    (Stack(prefix='h', count=4),)
+    """
+    matched = {name: _LAYER.fullmatch(name) for name in names}
+    found = [match for match in matched.values() if match]
+    highest: dict[str, int] = {}
+    for match in found:
+        highest[match["prefix"]] = max(highest.get(match["prefix"], 0), int(match["index"]) + 1)
+    counts = {prefix: max(deep, count or 0) for prefix, deep in highest.items()}
+    every = [f"{m['prefix']}.{i}.{m['rest']}" for m in found for i in range(counts[m["prefix"]])]
+    return Layers([*every, *(name for name, match in matched.items() if not match)])
+
+
 def _contains(components: list[str], part: list[str]) -> bool:
     """Tell whether the components hold the part as a run."""
     return any(components[i : i + len(part)] == part for i in range(len(components) - len(part) + 1))

@@ -89,6 +89,7 @@ class Survey:
         groups: the tensors under the names that the measure knows them by, those that meet in one operation together;
             taken as deltas where there is a base.
         settings: passed on to the measure.
+        held: bytes that the measure holds at once, on each thread, beside a part.
 
     """
 
@@ -96,6 +97,7 @@ class Survey:
     measure: Measure
     groups: Mapping[Any, tuple[Inputs, ...]]
     settings: Mapping[str, Any] = field(default_factory=dict)
+    held: int = 0
 
     def __iter__(self) -> Iterator[Node]:
         """Go through all nodes that it reads."""
@@ -127,7 +129,8 @@ class Step:
         output: name, dtype and shape of the result.
         operator: what is done.
         settings: its settings for this tensor; a Finding stands for what a survey will find.
-        inputs: the tensors that it is done to: stored ones, or the results of other steps.
+        inputs: the tensors that it is done to: stored ones, or the results of other steps. Where an operator takes
+            deltas and there is no base, they are deltas themselves, and so is the result.
         labels: what the models are called; feeds the random streams.
         why: the recipe line that asked for it.
 
@@ -177,6 +180,7 @@ class Made:
         maker: what makes it.
         inputs: the tensors that it is made of.
         held: bytes that the maker holds at once beside a part.
+        together: what it shares with other tensors, computed once for all: one thread makes them, one after the other.
 
     """
 
@@ -184,6 +188,7 @@ class Made:
     maker: Maker
     inputs: tuple[Node, ...]
     held: int = 0
+    together: object = None
 
 
 Node = Source | Made | Step

@@ -2,11 +2,11 @@
 
 Positional parameters are tensors and their names say what they are; keyword-only parameters are settings:
 
-    models   [n, *shape]   the weights of n models
-    deltas   [n, *shape]   their weights minus the base's; the result is a delta too, and the base is added to it
-    vectors  [n, *shape]   deltas where a base is given, else models; the result is of the same kind
-    base     [*shape]      the weights of the base
-    importances  [n, *shape]  how much every entry of each model counts, such as a diagonal Fisher
+    models       [n, *shape]   the weights of n models
+    deltas       [n, *shape]   their weights minus the base's; the result is a delta too, and the base is added to it
+    vectors      [n, *shape]   deltas where a base is given, else models; the result is of the same kind
+    importances  [n, *shape]   how much every entry of each model counts, such as a diagonal Fisher
+    base         [*shape]      the weights of the base
 
 An operator is applied to a flat part of a tensor at a time. Its result for an entry may depend on that entry of its
 inputs and on what its `measure` found in the whole tensor, never on where the parts begin. One that needs the whole row

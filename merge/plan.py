@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from .checkpoint import Checkpoint
+from .companions import Companions
 from .dtypes import is_float
 from .errors import MergeError, Mistake
 from .node import Finding, Node, Source, Step, Store, Survey, copy_of, sources, surveys
@@ -32,11 +33,12 @@ class Pending:
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole merge: a step for every output tensor in output order, and what the user should know about them."""
+    """A whole merge: a step for every output tensor in output order, what the user should know, what stands beside."""
 
     steps: tuple[Step, ...]
     notes: tuple[str, ...] = ()
     pending: Pending | None = None
+    companions: Companions = field(default_factory=Companions)
 
     def settled(self, found: Mapping[Survey, Any]) -> Plan:
         """Give the plan with all its steps, once the surveys are carried out."""
@@ -81,10 +83,11 @@ def make_plan(checkpoint: Checkpoint, dtype: str | None = None) -> Plan:
     if isinstance(checkpoint, Surveyed):
 
         def settle(found: Any) -> Plan:
-            return replace(make_plan(checkpoint.settle(found), dtype), notes=checkpoint.notes)
+            plan = make_plan(checkpoint.settle(found), dtype)
+            return replace(plan, notes=tuple(dict.fromkeys((*checkpoint.notes, *plan.notes))))
 
         pending = Pending(checkpoint.survey, checkpoint.most, settle)
-        return Plan((), checkpoint.notes, pending)
+        return Plan((), checkpoint.notes, pending, checkpoint.companions)
     steps = []
     for name, spec in checkpoint.specs.items():
         node = checkpoint.node(name)
@@ -95,7 +98,7 @@ def make_plan(checkpoint: Checkpoint, dtype: str | None = None) -> Plan:
     mistakes = [mistake for step in steps for mistake in _refusals(step)]
     if mistakes:
         raise MergeError.of({(mistake.where, mistake.what): mistake for mistake in reversed(mistakes)}.values())
-    return Plan(tuple(steps), getattr(checkpoint, "notes", ()))
+    return Plan(tuple(steps), getattr(checkpoint, "notes", ()), companions=checkpoint.companions)
 
 
 def _refusals(node: Node) -> Iterator[Mistake]:

@@ -123,7 +123,7 @@ class _Restored:
     def run(self, span: slice, read: Read, prepared: list[int]) -> Tensor:
         result = read(_FIRST, span)
         _, where = self.positions.within(span, read, _THIRD, prepared)
-        result[where] = read(_SECOND, span)[where]
+        result[where] = read(_SECOND, span)[where].to(result.dtype)  # a nested step gives fp32
         return result
 
 

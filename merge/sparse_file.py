@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ class SparseFineTune:
     Attributes:
         label: what messages and receipts call it.
         stored: the tensors of its file.
-        shapes: for every tensor of the base that changes in some entries, its shape there.
+        considered: for every tensor of the base that its entries were selected from, its shape there.
         base: the fingerprint of the base; empty where the file does not say.
         details: what else the file says of its making.
 
@@ -49,9 +50,14 @@ class SparseFineTune:
 
     label: str
     stored: Checkpoint
-    shapes: Mapping[str, tuple[int, ...]]
+    considered: Mapping[str, tuple[int, ...]]
     base: str = ""
     details: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """For every tensor of the base that changes in some entries, its shape there."""
+        return {name: shape for name, shape in self.considered.items() if name + INDICES in self.stored.specs}
 
     @property
     def dense(self) -> tuple[str, ...]:
@@ -151,14 +157,14 @@ def _ours(stored: StoredCheckpoint, file: Path, label: str) -> SparseFineTune:
         shapes = {name: tuple(map(int, shape)) for name, shape in json.loads(about.pop("shapes", "")).items()}
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise CheckpointError(str(file), f"its metadata give no shapes ({error})", "build it again") from error
-    shapes = {name: shape for name, shape in shapes.items() if name + INDICES in stored.specs}
     mistakes = []
     for name in stored.specs:
         own, _, part = name.rpartition(":")
         if part not in ("indices", "values", "dense") or (part != "dense" and own not in shapes):
             mistakes.append(Mistake(str(file), f"tensor {name} is of a kind that is not known", "build it again"))
     for name, shape in shapes.items():
-        mistakes += _contradictions(stored, str(file), name, shape)
+        if name + INDICES in stored.specs:
+            mistakes += _contradictions(stored, str(file), name, shape)
     if mistakes:
         raise CheckpointError.of(mistakes)
     del about["format"]

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
 
+from .errors import MergeError
 from .kernels import sums_over
 from .operator import Parts
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 Weights = tuple[float, float]
+_BLOCK = 1024  # rows
 
 
 def balanced_weights(groups: Mapping[str, Parts], *, blend: float) -> dict[str, Weights]:
@@ -50,3 +57,52 @@ def weights_by_change(
         lead = first / totals[0] - second / totals[1]
         result[key] = (1.0, 0.0) if lead > threshold else (0.0, 1.0) if lead < -threshold else (blend, 1 - blend)
     return result
+
+
+def changes_and_ranks(
+    groups: Mapping[str, Parts], *, matrices: Mapping[str, tuple[int, int]], energy: float | None
+) -> dict[str, dict[str, Any]]:
+    """Find the size of each change, and of those that are matrices the rank that keeps a share of it.
+
+    Formula: rank = min {k : Σ_{i≤k} σᵢ² ≥ energy · ‖Δ‖²}, 0 for a change of zero. The σ² are the eigenvalues of the
+    smaller of ΔΔᵀ and ΔᵀΔ, in fp64. Gives for each tensor ‖Δ‖ and ‖base‖, and for each matrix its rank and energy.
+    """
+
+    def found(item: tuple[str, Parts]) -> dict[str, Any]:
+        name, parts = item
+        squares = sums_over((d[0].double() ** 2, b.double() ** 2) for d, b in parts) if parts.entries else [0.0, 0.0]
+        if not math.isfinite(sum(squares)):
+            hint = "such a checkpoint is damaged: save or download it again"
+            raise MergeError(f"tensor {name}", "holds NaN or infinite values", hint)
+        sizes = {"change": math.sqrt(squares[0]), "base": math.sqrt(squares[1])}
+        if energy is None or name not in matrices:
+            return sizes
+        return {**sizes, **_rank_of(_spectrum(parts, matrices[name]), energy)}
+
+    threads = next((parts.threads for parts in groups.values()), 1)
+    with ThreadPoolExecutor(threads, "survey") as pool:
+        return dict(zip(groups, pool.map(found, groups.items()), strict=True))
+
+
+def _spectrum(parts: Parts, shape: tuple[int, int]) -> Tensor:
+    """Give the squared singular values of a matrix that comes in parts, the largest first."""
+    import torch
+
+    matrix = torch.cat([deltas[0] for deltas, _ in parts]).reshape(shape)
+    matrix = matrix if shape[0] >= shape[1] else matrix.T
+    gram = torch.zeros(matrix.shape[1], matrix.shape[1], dtype=torch.float64)
+    for start in range(0, matrix.shape[0], _BLOCK):
+        rows = matrix[start : start + _BLOCK].double()
+        gram += rows.T @ rows
+    squares: Tensor = torch.linalg.eigvalsh(gram).clamp(min=0).flip(0)
+    return squares
+
+
+def _rank_of(squares: Tensor, energy: float) -> dict[str, Any]:
+    """Find how many of the largest values keep the share."""
+    sums = squares.cumsum(0)
+    whole = float(sums[-1])
+    if whole == 0:
+        return {"rank": 0, "energy": 1.0}
+    rank = min(int((sums < energy * whole).sum()) + 1, len(squares))
+    return {"rank": rank, "energy": float(sums[rank - 1]) / whole}

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from .dtypes import DTYPES
 from .form import MODEL, Form
-from .storage import PositionalFile
+from .storage import PositionalFile, sync_folder
 from .tensor_spec import TensorSpec
 
 INDEX = "model.safetensors.index.json"
@@ -29,12 +29,14 @@ class Shard:
 def layout(specs: Iterable[TensorSpec], shard_size: int, form: Form = MODEL) -> tuple[Shard, ...]:
     """Lay tensors out, in order, in shards of at most `shard_size` bytes; a larger tensor gets one of its own.
 
-    What is no model has one file, whatever its size.
+    What is no model has one file, whatever its size, or one in each of its sub-folders.
     """
+    if not form.is_model:
+        return _by_folder(specs, form)
     groups: list[list[TensorSpec]] = [[]]
     filled = 0
     for spec in specs:
-        if form.is_model and groups[-1] and filled + spec.nbytes > shard_size:
+        if groups[-1] and filled + spec.nbytes > shard_size:
             groups.append([])
             filled = 0
         groups[-1].append(spec)
@@ -42,6 +44,14 @@ def layout(specs: Iterable[TensorSpec], shard_size: int, form: Form = MODEL) -> 
     count = len(groups)
     names = [form.weights] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
     return tuple(_shard(name, group, form.metadata) for name, group in zip(names, groups, strict=True))
+
+
+def _by_folder(specs: Iterable[TensorSpec], form: Form) -> tuple[Shard, ...]:
+    """Lay out one file in each folder that the form names."""
+    groups: dict[str, list[TensorSpec]] = {} if form.folders else {"": []}
+    for spec in specs:
+        groups.setdefault(form.folders.get(spec.name, ""), []).append(spec)
+    return tuple(_shard((PurePath(folder) / form.weights).as_posix(), g, form.metadata) for folder, g in groups.items())
 
 
 def _shard(file: str, specs: list[TensorSpec], metadata: Mapping[str, str]) -> Shard:
@@ -66,10 +76,12 @@ class Writer:
     def __init__(self, folder: Path, specs: Iterable[TensorSpec], shard_size: int, form: Form = MODEL) -> None:
         """Make the files at their full size, with their headers. OSError where the disk is full."""
         self._folder = folder
+        self._is_model = form.is_model
         self.shards = layout(specs, shard_size, form)
         self._place: dict[str, tuple[PositionalFile, int]] = {}
         self._files = []
         for shard in self.shards:
+            (folder / shard.file).parent.mkdir(parents=True, exist_ok=True)
             file = PositionalFile(folder / shard.file, size=shard.size)
             file.write(shard.header, 0)
             self._files.append(file)
@@ -83,7 +95,7 @@ class Writer:
     def finish(self) -> list[str]:
         """Write the index where there are several shards, bring everything to the disk, give the names of the files."""
         names = [shard.file for shard in self.shards]
-        if len(names) > 1:
+        if self._is_model and len(names) > 1:
             size = sum(shard.size - len(shard.header) for shard in self.shards)
             weight_map = {name: shard.file for shard in self.shards for name in shard.offsets}
             index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
@@ -91,6 +103,7 @@ class Writer:
             names.append(INDEX)
         for file in self._files:
             file.sync()
+            sync_folder(file.path.parent)
         self.close()
         return names
 

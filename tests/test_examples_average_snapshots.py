@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -113,7 +114,46 @@ def test_a_table_gives_mean_and_standard_deviation(script: ModuleType) -> None:
     assert script.spread([0.5, 0.6, 0.7]) == "0.600 (0.100)"
 
 
-def test_the_committed_page_shows_the_committed_results(script: ModuleType) -> None:
-    committed = json.loads((EXAMPLES / "average_snapshots.json").read_text(encoding="utf-8"))
+@pytest.mark.parametrize(("name", "world"), [("decaying", 0), ("constant", 1)])
+def test_the_committed_page_shows_the_committed_results_of_each_setting(
+    script: ModuleType, name: str, world: int
+) -> None:
+    committed = json.loads((EXAMPLES / f"average_snapshots_{name}.json").read_text(encoding="utf-8"))
+    setting = json.loads(json.dumps(asdict(script.SETTINGS[name])))
+    assert {key: committed["setting"][key] for key in setting} == setting
+    assert (committed["setting"]["split"], committed["setting"]["world"]) == ("test", world)
     for table in script.tables(committed).split("\n\n"):
         assert table in (EXAMPLES / "average_snapshots.md").read_text(encoding="utf-8")
+
+
+def test_a_gain_is_counted_only_in_the_language_in_which_the_average_is_better(script: ModuleType) -> None:
+    last = {"source": 0.5, "target": 0.5}
+    found = [{"source": 0.6, "target": 0.4}, {"source": 0.5, "target": 0.6}, {"source": 0.4, "target": 0.6}]
+    runs = [{"last": last, "average": average} for average in found]
+    assert [script.above(runs, where) for where in ("source", "target")] == [1, 2]
+
+
+def test_wrong_labels_are_as_many_as_asked_for_and_leave_the_pairs_alone(script: ModuleType) -> None:
+    world = script.World(0)
+    (pairs, labels), (same, noisy) = (world.task(4000, "A", "train", noise) for noise in (0.0, 0.1))
+    assert pairs.equal(same)
+    assert 0.08 < (labels != noisy).double().mean() < 0.12  # standard error 0.005
+    assert set(noisy.tolist()) == {0, 1, 2}
+
+
+def test_the_learning_rate_falls_in_one_setting_and_stays_in_the_other(
+    quick: Path, script: ModuleType, tmp_path: Path
+) -> None:
+    script_of_one_run = (
+        f"import sys; sys.path.insert(0, {str(EXAMPLES)!r}); from pathlib import Path; import average_snapshots as a\n"
+        f"a.Run(1e-3, 32, 0, Path({str(tmp_path)!r})).train("
+        f"a.World(0), a.QUICK(a.SETTINGS['constant']), Path({str(quick / 'runs' / 'encoder')!r}), None)"
+    )
+    subprocess.run([sys.executable, "-c", script_of_one_run], check=True, capture_output=True)
+    rates = {}
+    for name, folder in (("decaying", quick / "runs" / "grid-0.001-32" / "seed-0"), ("constant", tmp_path)):
+        state = json.loads((folder / "checkpoint-8" / "trainer_state.json").read_text(encoding="utf-8"))
+        rates[name] = [line["learning_rate"] for line in state["log_history"] if "learning_rate" in line]
+    assert rates["constant"] == [1e-3] * 4
+    assert rates["decaying"] == sorted(rates["decaying"], reverse=True)
+    assert rates["decaying"][-1] < 2e-4

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,10 @@ from torch import Tensor
 
 from portmanteau import merge
 from portmanteau.compositions import tensorwise
-from portmanteau.merge import Checkpoint, Composed, MergeError, OutputError, Progress, Step
+from portmanteau.merge import Checkpoint, Composed, MergeError, OutputError, Progress, Step, TensorSpec
+from portmanteau.merge.decomposition import Factors, OfMatrix, factors
+from portmanteau.merge.execute import Limits
+from portmanteau.merge.node import Made, Read
 from portmanteau.merge.registry import find
 
 SaveTensors = Callable[[str, Mapping[str, Tensor]], Path]
@@ -321,3 +325,45 @@ def test_an_input_cut_short_under_way_is_named_and_nothing_is_left(save_tensors:
     with pytest.raises(merge.CheckpointError, match="tensor x: cannot be read"):
         merge.build(opened, tmp_path / "out")
     assert listing(tmp_path) == {"in"}
+
+
+@dataclass(frozen=True)
+class _Counting:
+    """Decomposes a matrix, and writes down on which thread."""
+
+    threads: list[int]
+    rank: int = 1
+
+    def __call__(self, read: Read) -> Factors:
+        self.threads.append(threading.get_ident())
+        return OfMatrix("m", 1)(read)
+
+
+def two_factors(save_tensors: SaveTensors, held: int) -> tuple[Composed, list[list[int]]]:
+    """Make A and B of each of three matrices."""
+    weights = merge.open(save_tensors("m", {f"m{i}": torch.rand(4, 3) for i in range(3)}))
+    nodes: dict[str, Made] = {}
+    asked: list[list[int]] = []
+    for name in weights:
+        asked.append([])
+        specs = TensorSpec("", "F32", (1, 3)), TensorSpec("", "F32", (4, 1))
+        a, b = factors(*specs, _Counting(asked[-1]), [weights.node(name)], held)
+        nodes |= {f"a.{name}": a, f"b.{name}": b}
+    return Composed("factors", nodes, weights.companions), asked
+
+
+def test_what_tensors_share_is_computed_once_for_all(save_tensors: SaveTensors, tmp_path: Path) -> None:
+    made, asked = two_factors(save_tensors, held=0)
+    merge.build(made, tmp_path / "out", threads=2)
+    assert [len(threads) for threads in asked] == [1, 1, 1]
+    merge.build(made, tmp_path / "out", threads=2, force=True)
+    assert [len(threads) for threads in asked] == [2, 2, 2]  # nothing is kept from build to build
+
+
+def test_what_makers_hold_limits_the_threads(save_tensors: SaveTensors) -> None:
+    for held, threads in ((0, 4), (100 << 20, 2), (1 << 30, 1)):
+        plan = merge.make_plan(two_factors(save_tensors, held)[0])
+        limits = Limits(threads=4, memory=256 << 20)
+        assert limits.session(plan)[0] == threads
+        assert limits.in_flight(plan) >= threads * held
+        shutil.rmtree(next(iter(plan.checkpoints)).files[0].path.parent)

@@ -53,6 +53,7 @@ BALLAST = {
     "README.md": b"# card",
     ".gitattributes": b"",
 }
+BOTTLENECK = Path(__file__).parent / "oracles" / "fixtures" / "adapters_1_3_0" / "task"
 REPOSITORIES: dict[str, dict[str, Files]] = {
     "org/both": {MAIN: {**COMPANIONS, **BALLAST, "model.safetensors": weights(x=1), "pytorch_model.bin": b"huge"}},
     "org/shards": {
@@ -78,6 +79,12 @@ REPOSITORIES: dict[str, dict[str, Files]] = {
             "adapter_model.bin": b"huge",
             "model.safetensors": b"huge",
             "tokenizer.json": b"{}",
+        }
+    },
+    "org/bottleneck": {
+        MAIN: {
+            **{path.name: path.read_bytes() for path in BOTTLENECK.iterdir()},
+            "pytorch_model.bin": b"huge",
         }
     },
     "org/empty": {MAIN: {"README.md": b"# nothing"}},
@@ -143,6 +150,14 @@ import json, sys
 from portmanteau import merge
 found = merge.open_adapter(sys.argv[1])
 print(json.dumps({"label": found.label, "repository": found.stored.repository, "revision": found.stored.revision}))
+"""
+
+BOTTLENECK_CLIENT = """
+import json, sys
+from portmanteau import merge
+found = merge.open_bottleneck(sys.argv[1])
+about = {"label": found.label, "repository": found.stored.repository, "revision": found.stored.revision}
+print(json.dumps(about | {"tensors": len(found.tensors), "head": sorted(found.head)}))
 """
 
 
@@ -300,3 +315,12 @@ def test_of_an_adapter_only_config_and_weights_are_downloaded(hub: Hub) -> None:
     assert found == {"label": "org/lora", "repository": "org/lora", "revision": MAIN}
     assert hub.downloaded == {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"}
     assert hub.open("org/lora", client=ADAPTER_CLIENT, HF_HUB_OFFLINE="1") == found
+
+
+def test_of_a_bottleneck_adapter_the_head_is_downloaded_too(hub: Hub) -> None:
+    found = hub.open("org/bottleneck@main", client=BOTTLENECK_CLIENT)
+    head = ["head_config.json", "pytorch_model_head.bin"]
+    about = {"label": "org/bottleneck@main", "repository": "org/bottleneck", "revision": MAIN}
+    assert found == about | {"tensors": 16, "head": head}
+    assert hub.downloaded == {"adapter_config.json", "pytorch_adapter.bin", *head}
+    assert hub.open("org/bottleneck@main", client=BOTTLENECK_CLIENT, HF_HUB_OFFLINE="1") == found

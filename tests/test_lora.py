@@ -317,7 +317,9 @@ def test_a_recipe_names_the_line_of_every_adapter_that_is_missing(base: Path, tm
 def test_a_step_is_no_adapter_and_a_model_is_none_either(base: Path, tmp_path: Path) -> None:
     path = tmp_path / "lora.yaml"
     path.write_text("steps: {soup: {linear: {models: [./base]}}}\nmerge: {lora: {base: ./base, adapters: {soup: 1}}}\n")
-    with pytest.raises(merge.RecipeError, match=r"lora\.yaml:2: 'soup' is a step, which makes a model"):
+    with pytest.raises(
+        merge.RecipeError, match=r"lora\.yaml:2: 'soup' is a step; adapters and sparse fine-tunes are read"
+    ):
         compositions.load(path)
     with pytest.raises(merge.RecipeError, match=r"lora\.yaml:1: .*base: holds no adapter_config\.json"):
         recipe(tmp_path, "{./base: 1.0}")
@@ -427,3 +429,121 @@ def test_no_adapter_and_one_named_twice_are_refused(base: Path, tmp_path: Path) 
         recipe(tmp_path, "[]")
     with pytest.raises(merge.RecipeError, match=r"named twice\n  hint: give it a weight"):
         recipe(tmp_path, "[./one, ./one]")
+
+
+# ------------------------------------------------------------------------------------- a LoRA as any model reference's
+
+
+def composed(tmp_path: Path, text: str) -> merge.Composed:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dedent(text))
+    return compositions.compose(compositions.load(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "weight"),
+    [
+        ("./swahili", 1.0),
+        ("[./swahili]", 1.0),
+        ("{./swahili: 0.5}", 0.5),
+        ("{path: ./swahili}", 1.0),
+        ("sw", 1.0),
+    ],
+)
+def test_a_model_with_a_lora_is_the_base_with_it_folded_in(
+    base: Path, tmp_path: Path, text: str, weight: float
+) -> None:
+    adapter = save_adapter(base, tmp_path / "swahili", target_modules=ATTENTION)
+    named = ", sw: ./swahili" if text == "sw" else ""
+    merged = composed(
+        tmp_path,
+        f"""
+        models: {{base: ./base{named}, expert: {{path: ./base, lora: {text}}}}}
+        merge: {{layer_swap: {{task: base, language: expert, bottom: 1, top: 0, transition: 0}}}}
+        """,
+    )
+    torch.testing.assert_close(merged[Q], exact(base, {adapter: weight}, Q).float(), rtol=1e-6, atol=1e-6)
+    upper = Q.replace("layers.0", "layers.1")
+    assert torch.equal(merged[upper], merge.open(base)[upper])
+
+
+def test_two_experts_over_one_base_are_averaged_and_merged_by_operators(base: Path, tmp_path: Path) -> None:
+    one = save_adapter(base, tmp_path / "one", target_modules=ATTENTION)
+    two = save_adapter(base, tmp_path / "two", seed=2, target_modules=ATTENTION)
+    expected = exact(base, {one: 0.5, two: 0.5}, Q).float()
+    here = "{average: {models: [{path: ./base, lora: ./one}, {path: ./base, lora: ./two}], shared: ''}}"
+    torch.testing.assert_close(composed(tmp_path, f"merge: {here}")[Q], expected, rtol=1e-5, atol=1e-6)
+    named = """
+        models: {base: ./base, a: {path: ./base, lora: ./one}, b: {path: ./base, lora: {./two: 1.0}}}
+        merge: {task_arithmetic: {base: base, models: {a: 0.5, b: 0.5}}}
+        """
+    torch.testing.assert_close(composed(tmp_path, named)[Q], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_lora_goes_onto_a_step_and_onto_a_model_that_has_one(base: Path, tmp_path: Path) -> None:
+    one = save_adapter(base, tmp_path / "one", target_modules=ATTENTION)
+    two = save_adapter(base, tmp_path / "two", seed=2, target_modules=ATTENTION)
+    merged = composed(
+        tmp_path,
+        """
+        models: {first: {path: ./base, lora: ./one}}
+        steps: {second: {linear: {models: [{path: first, lora: ./two}]}}}
+        merge: {linear: {models: [{path: second, lora: {./one: -1.0}}]}}
+        """,
+    )
+    expected = exact(base, {two: 1.0}, Q).float()
+    torch.testing.assert_close(merged[Q], expected, rtol=1e-5, atol=1e-6)
+    assert one.is_dir()
+
+
+def test_mistakes_in_a_lora_are_named_by_line(base: Path, tmp_path: Path) -> None:
+    save_adapter(base, tmp_path / "swahili", target_modules=ATTENTION)
+    text = """\
+    models:
+      expert:
+        path: ./base
+        lora: ./swahilli
+      other: {path: ./base, lora: {./swahili: heavy}}
+      third: {path: ./base, lroa: ./swahili}
+    merge: {linear: {models: [expert, other]}}
+    """
+    with pytest.raises(merge.RecipeError) as caught:
+        composed(tmp_path, text)
+    file = tmp_path / "recipe.yaml"
+    found = [(m.where.removeprefix(f"{file}:"), m.what) for m in caught.value.mistakes]
+    assert ("6", "unknown key 'lroa'") in found
+    assert any(where == "5" for where, _ in found)
+    with pytest.raises(merge.RecipeError) as caught:
+        composed(
+            tmp_path,
+            "\n".join(line for line in dedent(text).splitlines() if "heavy" not in line and "lroa" not in line).replace(
+                ", other", ""
+            ),
+        )
+    assert [(m.where, m.what) for m in caught.value.mistakes] == [(f"{file}:4", "no file or folder './swahilli'")]
+
+
+def test_a_lora_that_does_not_fit_its_model_is_named_by_line(base: Path, save_llama: SaveLlama, tmp_path: Path) -> None:
+    save_adapter(base, tmp_path / "swahili", target_modules=["q_proj"])
+    save_llama("wide", num_hidden_layers=2, hidden_size=32)
+    with pytest.raises(merge.RecipeError) as caught:
+        composed(tmp_path, "models:\n  expert: {path: ./wide, lora: ./swahili}\nmerge: {linear: {models: [expert]}}\n")
+    assert {m.where for m in caught.value.mistakes} == {f"{tmp_path / 'recipe.yaml'}:2: adapters"}
+    assert "its factors do not fit" in caught.value.mistakes[0].what
+    with pytest.raises(merge.RecipeError, match="an adapter is named twice"):
+        composed(tmp_path, "merge: {linear: {models: [{path: ./base, lora: [./swahili, ./swahili]}]}}\n")
+    with pytest.raises(merge.RecipeError, match="an adapter takes no lora"):
+        composed(tmp_path, "merge: {lora: {base: ./base, adapters: [{path: ./swahili, lora: ./swahili}]}}\n")
+
+
+def test_a_module_that_one_adapter_lacks_is_counted_as_zero_and_said(base: Path, tmp_path: Path) -> None:
+    both = save_adapter(base, tmp_path / "both", target_modules=["q_proj", "v_proj"])
+    one = save_adapter(base, tmp_path / "one", seed=2, target_modules=["q_proj"])
+    made = folded(base, both, one)
+    alone = folded(base, both)
+    name = "model.layers.0.self_attn.v_proj.weight"
+    torch.testing.assert_close(made[name], alone[name], rtol=0, atol=0)
+    (note,) = made.notes
+    assert note.startswith(f"{one}: lacks ")
+    assert name in note
+    assert alone.notes == ()

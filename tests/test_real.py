@@ -176,6 +176,52 @@ def test_the_linear_merge_is_the_weighted_mean_rounded_once(chat_models: dict[st
         torch.testing.assert_close(tensor, mean.bfloat16(), rtol=0, atol=0)
 
 
+def test_a_sparse_fine_tune_holds_the_largest_changes_and_is_taken_out_again(
+    chat_models: dict[str, Path], tmp_path: Path
+) -> None:
+    one, other = stored(chat_models["instruct"]), stored(chat_models["german"])
+    folders = [tmp_path / name for name in ("extracted", "added", "restored")]
+    for folder in folders:
+        folder.mkdir()
+    sft = build("extract_sparse: {base: instruct, tuned: german, count: 1000000}", chat_models, folders[0])
+    added = build(f"sparse_fine_tune: {{base: instruct, diffs: ['{sft}']}}", chat_models, folders[1])
+    sizes = torch.cat([(other[name].float() - one[name].float()).abs().reshape(-1) for name in one])
+    boundary = sizes.kthvalue(len(sizes) - 1_000_000 + 1).values
+    taken = 0
+    for name, tensor in stored(added).items():
+        size, changed = (other[name].float() - one[name].float()).abs(), tensor != one[name]
+        assert bool(changed[size > boundary].all())
+        assert not bool(changed[size < boundary].any())
+        assert torch.equal(tensor[changed], other[name][changed])
+        taken += int(changed.sum())
+    assert taken == 1_000_000
+    recipe = f"revert_sparse: {{tuned: added, base: instruct, diffs: ['{sft}']}}"
+    restored = stored(build(recipe, {**chat_models, "added": added}, folders[2]))
+    assert all(same_bytes(restored[name], tensor) for name, tensor in one.items())
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft: an old name
+def test_an_extracted_adapter_moves_the_chat_model_towards_the_fine_tuned_one(
+    chat_models: dict[str, Path], tmp_path: Path
+) -> None:
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    (tmp_path / "folded").mkdir()
+    recipe = "extract_lora: {base: instruct, tuned: german, rank: 8, modules: '*.q_proj.weight', rest: drop}"
+    adapter = build(recipe, chat_models, tmp_path)
+    one, other = stored(chat_models["instruct"]), stored(chat_models["german"])
+    folded = stored(build(f"lora: {{base: instruct, adapters: ['{adapter}']}}", chat_models, tmp_path / "folded"))
+    model = AutoModelForCausalLM.from_pretrained(chat_models["instruct"], dtype=torch.float32)
+    merged = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload().state_dict()
+    for name in (name for name in one if name.endswith("q_proj.weight")):
+        delta = other[name].double() - one[name].double()
+        u, s, vt = torch.linalg.svd(delta)
+        best = one[name].double() + u[:, :8] * s[:8] @ vt[:8]
+        torch.testing.assert_close(merged[name].double(), best, rtol=0, atol=1e-6)
+        torch.testing.assert_close(folded[name], best.bfloat16(), rtol=2**-7, atol=1e-9)
+
+
 # ------------------------------------------------------------------------------------- three old encoders, from pickles
 
 

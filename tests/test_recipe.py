@@ -209,7 +209,7 @@ def test_every_mistake_is_named_by_its_line_at_once(write: Write) -> None:
         "7: weight is 'nonsense': input should be a valid number, unable to parse string as a number",
         "8: density is 1.5: input should be less than or equal to 1",
         "10: unknown operator 'tis'",
-        "11: elect is 'median': input should be 'weighted' or 'unweighted'",
+        "11: elect is 'median': input should be 'none', 'weighted' or 'unweighted'",
         "12: dtype is 'bfloat17': unknown dtype 'bfloat17'; did you mean 'bfloat16'?",
         "12: unknown key 'shard_sise'",
     ]
@@ -327,6 +327,30 @@ def test_a_random_operator_depends_on_seed_tensor_and_model_name_only(write: Wri
     assert not torch.equal(one[name], other[name])
 
 
+def test_a_copy_is_multiplied_where_a_factor_says_so(write: Write) -> None:
+    merged = composed(write("merge: {copy: {models: [b], factor: [1.0, 0.25]}}"))
+    assert by_layer(merged) == [3.0, 2.25, 1.5, 0.75]
+
+
+def test_integers_are_copied_as_they_are_whatever_the_factor(write: Write, save_tensors: Save) -> None:
+    save_tensors("counted", {"steps": torch.tensor([4, 6]), "w": torch.tensor([4.0])})
+    merged = composed(write("merge: {copy: {models: [counted], factor: 0.5}}"))
+    assert (merged["steps"].tolist(), merged["w"].tolist()) == ([4, 6], [2.0])
+
+
+def test_the_scale_of_a_merge_does_not_reach_what_is_copied(write: Write) -> None:
+    rules = '[{tensors: "lm_head.*", operator: copy, models: [b]}]'
+    merged = composed(write(f"merge: {{ties: {{base: base, models: [a, b], scale: 0.5, rules: {rules}}}}}"))
+    assert first(merged, "lm_head.weight") == 3.0
+
+
+def test_nuslerp_takes_models_or_with_a_base_their_deltas(write: Write) -> None:
+    plain = composed(write("merge: {nuslerp: {models: {a: 1, b: 3}}}"))
+    assert by_layer(plain) == [2.5] * 4  # parallel: linear, a quarter of 1 and three of 3
+    deltas = composed(write("merge: {nuslerp: {base: a, models: {base: 1, b: 3}}}"))
+    assert by_layer(deltas) == [2.25] * 4  # 1 + (−1 · 1/4 + 2 · 3/4)
+
+
 def test_quantised_tensors_are_merged_by_copying_only(write: Write, tmp_path: Path) -> None:
     for name in ("q", "r"):
         header = b'{"w":{"dtype":"F4","shape":[4],"data_offsets":[0,2]}}   '
@@ -334,6 +358,8 @@ def test_quantised_tensors_are_merged_by_copying_only(write: Write, tmp_path: Pa
         (tmp_path / name / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"ab")
     found = mistakes(write("merge: {linear: {models: [q, r]}}"))
     assert found == ["1: linear: 1 quantised tensors cannot be merged: w"]
+    scaled = mistakes(write("merge: {copy: {models: [q], factor: 0.5}}"))
+    assert scaled == ["1: copy: 1 quantised tensors cannot be merged: w"]
     rule = "rules: [{tensors: w, operator: copy, models: [r]}]"
     merge.build(composed(write(f"merge: {{linear: {{models: [q, r], {rule}}}}}")), tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").read_bytes().endswith(b"ab")

@@ -295,7 +295,27 @@ def test_taking_out_restores_the_bytes_of_the_base(pair: tuple[Path, Path], tmp_
     assert one["norm.weight"][29] != left["norm.weight"][29]
 
 
+def test_taking_out_of_a_nested_sum_restores_16_bit_bytes_too(save_tensors: SaveTensors, tmp_path: Path) -> None:
+    base = save_tensors("base", awkward(0, torch.bfloat16))
+    opened, diffs = merge.open(base), [a_diff(base)]
+    both = compositions.sparse_fine_tune(base=opened, diffs=diffs)  # not written in between, so in fp32
+    assert both["norm.weight"][29] != opened["norm.weight"][29]
+    merge.build(compositions.revert_sparse(tuned=both, base=opened, diffs=diffs), tmp_path / "none")
+    assert equal_bytes(tmp_path / "none", base)
+
+
 # files
+
+
+def test_a_published_diff_applied_is_what_composable_sft_makes_of_it() -> None:
+    """The files are composable-sft's: see tests/oracles/composable_sft.py for the command that made them."""
+    fixtures = Path(__file__).parent / "oracles" / "fixtures" / "pytorch_diff"
+    base, sft = merge.open(fixtures / "base.safetensors"), merge.open_sparse(fixtures)
+    for file, dense in (("applied", True), ("applied_without_abs", False)):
+        found = compositions.sparse_fine_tune(base=base, diffs=[sft], dense=dense)
+        expected = load_file(fixtures / f"{file}.safetensors")
+        assert {name: found[name].tolist() for name in expected} == {n: t.tolist() for n, t in expected.items()}
+    assert {len(shape) for shape in sft.shapes.values()} == {1, 2}
 
 
 def test_positions_in_the_published_form_run_down_the_columns(tmp_path: Path) -> None:
@@ -367,6 +387,13 @@ def test_code_in_a_published_file_is_never_run(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not a file of plain tensors"):
         merge.open_sparse(tmp_path)
     assert not Path("/tmp/portmanteau-was-here").exists()
+
+
+def test_the_card_of_what_was_in_memory_claims_no_parents(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    merge.build(a_diff(pair[0]).stored, tmp_path / "sft")
+    card = (tmp_path / "sft" / "README.md").read_text(encoding="utf-8")
+    assert "from tensors in memory" in card
+    assert "without training" not in card
 
 
 def test_both_files_of_one_extraction_say_the_same(pair: tuple[Path, Path], tmp_path: Path) -> None:
@@ -479,6 +506,9 @@ def test_from_extraction_to_a_model_at_a_terminal(save_llama: SaveLlama, tmp_pat
     receipt = json.loads((tmp_path / "task-sft" / "portmanteau.json").read_text())
     (survey,) = receipt["surveys"].values()
     assert survey["selected"] == int(0.2 * survey["of"]) == sum(survey["tensors"].values())
+    shown = run("inspect", "task-sft", folder=tmp_path).stdout
+    assert f"changes: {survey['selected']:,} of {survey['of']:,} entries (20.00%)" in shown
+    assert "model.layers" in shown
     found = run("overlap", "task-sft", "language-sft", "--json", folder=tmp_path)
     assert json.loads(found.stdout)[0]["counts"][0] == survey["selected"]
     plan = run("plan", "task-sft.yaml", folder=tmp_path)
@@ -496,5 +526,5 @@ def test_a_sparse_fine_tune_is_no_step(pair: tuple[Path, Path], tmp_path: Path) 
         merge: {sparse_fine_tune: {base: base, diffs: [sft]}}
         """
     (tmp_path / "r.yaml").write_text(dedent(text), encoding="utf-8")
-    with pytest.raises(RecipeError, match="'sft' is a step, which makes a model"):
+    with pytest.raises(RecipeError, match="'sft' is a step; adapters and sparse fine-tunes are read"):
         compositions.load(tmp_path / "r.yaml")

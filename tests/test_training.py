@@ -26,7 +26,8 @@ from transformers import (
 )
 
 from portmanteau import compositions, merge
-from portmanteau.compositions import Interleaved, Partition, Turns, Zone
+from portmanteau.compositions import Zone, training
+from portmanteau.compositions.training import Interleaved, Partition, Turns
 from tests.conftest import LLAMA
 
 Save = Callable[[str, Mapping[str, Tensor]], Path]
@@ -84,7 +85,7 @@ class Watching(TrainerCallback):
 @pytest.mark.parametrize("train", ["outer", "middle"])
 def test_what_is_trained_is_what_a_layer_swap_takes_from_that_expert(tmp_path: Path, train: Any) -> None:
     model = llama()
-    frozen = compositions.freeze_layers(model, Partition(bottom=2, top=1), train=train)
+    frozen = training.freeze_layers(model, Partition(bottom=2, top=1), train=train)
     for name, seed in (("task", 1), ("language", 2)):
         llama(seed).save_pretrained(tmp_path / name)
     task, language = merge.open(tmp_path / "task"), merge.open(tmp_path / "language")
@@ -122,19 +123,19 @@ def test_modules_and_stacks_have_numbers_of_their_own() -> None:
 
 def test_a_model_whose_layers_cannot_be_found_is_refused() -> None:
     with pytest.raises(merge.MergeError, match="show no layers"):
-        compositions.freeze_layers(torch.nn.Linear(2, 2), Partition(bottom=1, top=1), train="outer")
+        training.freeze_layers(torch.nn.Linear(2, 2), Partition(bottom=1, top=1), train="outer")
     with pytest.raises(merge.MergeError, match=r"has 8 layers, and bottom 5 \+ top 4"):
-        compositions.freeze_layers(llama(), Partition(bottom=5, top=4), train="outer")
+        training.freeze_layers(llama(), Partition(bottom=5, top=4), train="outer")
     model = llama()
     with pytest.raises(merge.MergeError, match="no parameter of the middle layers would be trained"):
-        compositions.freeze_layers(model, Partition(bottom=8, top=0), train="middle")
+        training.freeze_layers(model, Partition(bottom=8, top=0), train="middle")
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_parameters_that_were_still_stay_still_and_are_not_named() -> None:
     model = llama()
     model.model.norm.weight.requires_grad_(False)
-    frozen = compositions.freeze_layers(model, Partition(bottom=1, top=1, outside="middle"), train="middle")
+    frozen = training.freeze_layers(model, Partition(bottom=1, top=1, outside="middle"), train="middle")
     assert "model.norm.weight" not in frozen
     assert not model.model.norm.weight.requires_grad
 
@@ -150,7 +151,7 @@ def test_runs_that_share_a_frozen_head_can_be_averaged(tmp_path: Path) -> None:
     first = merge.open(tmp_path / "first")
     for seed in (1, 2):
         model = bert(seed)
-        assert compositions.freeze_head(model, first) == ("classifier.weight", "classifier.bias")
+        assert training.freeze_head(model, first) == ("classifier.weight", "classifier.bias")
         assert [n for n, p in model.named_parameters() if not p.requires_grad] == [
             "classifier.weight",
             "classifier.bias",
@@ -166,17 +167,17 @@ def test_a_head_that_does_not_fit_is_refused_and_the_model_left_alone(tmp_path: 
     model = bert(1)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     with pytest.raises(merge.MergeError) as caught:
-        compositions.freeze_head(model, merge.open(tmp_path / "four"))
+        training.freeze_head(model, merge.open(tmp_path / "four"))
     assert [mistake.what for mistake in caught.value.mistakes] == [
         "classifier.weight is [4, 8], the model's [3, 8]",
         "classifier.bias is [4], the model's [3]",
     ]
     other = merge.open(save_tensors("other", {"qa_outputs.weight": torch.zeros(2, 8)}))
     with pytest.raises(merge.MergeError, match=r"it lacks classifier\.weight, classifier\.bias") as caught:
-        compositions.freeze_head(model, other)
+        training.freeze_head(model, other)
     assert "the model lacks qa_outputs.weight" in str(caught.value)
     with pytest.raises(merge.MergeError, match="neither it nor the model has a head"):
-        compositions.freeze_head(llama(), merge.open(save_tensors("bare", {"weight": torch.zeros(2)})))
+        training.freeze_head(llama(), merge.open(save_tensors("bare", {"weight": torch.zeros(2)})))
     assert all(torch.equal(before[n], p) and p.requires_grad for n, p in model.named_parameters())
 
 
@@ -203,7 +204,7 @@ def test_examples_take_turns_by_steps_and_every_pass_has_each_once() -> None:
 
 
 def test_the_example_of_turns_runs() -> None:
-    assert doctest.testmod(sys.modules["portmanteau.compositions.partition_turns"]) == (0, 2)
+    assert doctest.testmod(sys.modules["portmanteau.compositions.training.partition_turns"]) == (0, 2)
 
 
 @pytest.mark.parametrize("order", [(("task", 1),), (("task", 1), ("language", 0)), (("task", 1), ("langauge", 1))])
@@ -236,7 +237,7 @@ def test_each_step_changes_its_own_layers_only_under_momentum_and_weight_decay(
         ),
         train_dataset=data,  # type: ignore[arg-type]
         data_collator=collate,
-        callbacks=[compositions.partition_turns(model, Partition(bottom=2, top=1), turns=turns), watching],
+        callbacks=[training.partition_turns(model, Partition(bottom=2, top=1), turns=turns), watching],
     )
     trainer.train()
     assert trainer.state.global_step == 7
@@ -265,9 +266,9 @@ def test_steps_of_one_part_are_those_of_a_training_of_that_part_alone(tmp_path: 
     settings = arguments(
         tmp_path, weight_decay=0.1, num_train_epochs=1, train_sampling_strategy="sequential", max_grad_norm=0.1
     )
-    callback = compositions.partition_turns(model, Partition(bottom=2, top=1), turns=turns)
+    callback = training.partition_turns(model, Partition(bottom=2, top=1), turns=turns)
     Trainer(model, settings, train_dataset=data, callbacks=[callback]).train()  # type: ignore[arg-type]
-    compositions.freeze_layers(alone, Partition(bottom=2, top=1), train="middle")
+    training.freeze_layers(alone, Partition(bottom=2, top=1), train="middle")
     Trainer(alone, settings, train_dataset=data).train()  # type: ignore[arg-type]
     found = dict(alone.named_parameters())
     assert all(torch.equal(found[name], parameter) for name, parameter in model.named_parameters())
@@ -275,7 +276,7 @@ def test_steps_of_one_part_are_those_of_a_training_of_that_part_alone(tmp_path: 
 
 def test_what_would_mix_up_the_turns_is_refused_all_at_once(tmp_path: Path) -> None:
     model = llama()
-    callback = compositions.partition_turns(model, Partition(bottom=2, top=1))
+    callback = training.partition_turns(model, Partition(bottom=2, top=1))
     data = interleaved(4, 2, Turns((("task", 2), ("language", 1))))
     settings = arguments(tmp_path, gradient_accumulation_steps=2, max_steps=9)
     with pytest.raises(merge.MergeError) as caught:
@@ -284,7 +285,7 @@ def test_what_would_mix_up_the_turns_is_refused_all_at_once(tmp_path: Path) -> N
         "train_sampling_strategy", "examples_per_step", "steps", "turns"
     ]  # fmt: skip
     with pytest.raises(merge.MergeError, match="steps of the task would train no parameter"):
-        compositions.partition_turns(model, Partition(bottom=8, top=0))
+        training.partition_turns(model, Partition(bottom=8, top=0))
 
 
 # ------------------------------------------------------------------------------------------------------------ snapshots
@@ -299,7 +300,7 @@ class Words:
 
 def test_snapshots_are_the_weights_at_their_steps_and_average_reads_them(tmp_path: Path) -> None:
     model, watching = llama(), Watching()
-    callback = compositions.weight_snapshots(tmp_path / "run", every_steps=4, tokenizer=Words())
+    callback = training.weight_snapshots(tmp_path / "run", every_steps=4, tokenizer=Words())
     settings = arguments(tmp_path, max_steps=12, logging_strategy="no")
     trainer = Trainer(model, settings, train_dataset=examples(8, seed=1), callbacks=[callback, watching])  # type: ignore[arg-type]
     trainer.train()
@@ -328,7 +329,7 @@ def test_snapshots_are_the_weights_at_their_steps_and_average_reads_them(tmp_pat
 @pytest.mark.parametrize("logging", [{"logging_strategy": "no"}, {"logging_steps": 1}, {"logging_strategy": "epoch"}])
 def test_a_snapshot_is_taken_after_every_so_many_epochs(tmp_path: Path, logging: dict[str, Any]) -> None:
     model, watching = llama(), Watching()
-    callback = compositions.weight_snapshots(tmp_path / "run", every_epochs=2)
+    callback = training.weight_snapshots(tmp_path / "run", every_epochs=2)
     settings = arguments(tmp_path, num_train_epochs=5, **logging)  # four steps an epoch
     Trainer(model, settings, train_dataset=examples(8, seed=1), callbacks=[callback, watching]).train()  # type: ignore[arg-type]
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoint-16", "checkpoint-8"]
@@ -345,7 +346,7 @@ def test_a_snapshot_that_cannot_be_finished_leaves_nothing(tmp_path: Path) -> No
         def save_pretrained(self, folder: Path) -> None:
             raise KeyboardInterrupt
 
-    callback = compositions.weight_snapshots(tmp_path / "run", every_steps=1, tokenizer=Broken())
+    callback = training.weight_snapshots(tmp_path / "run", every_steps=1, tokenizer=Broken())
     settings = arguments(tmp_path, max_steps=2)
     with pytest.raises(KeyboardInterrupt):
         Trainer(llama(), settings, train_dataset=examples(8, seed=1), callbacks=[callback]).train()  # type: ignore[arg-type]
@@ -354,11 +355,11 @@ def test_a_snapshot_that_cannot_be_finished_leaves_nothing(tmp_path: Path) -> No
 
 def test_places_where_snapshots_would_be_mixed_up_are_refused(tmp_path: Path) -> None:
     data, settings = examples(8, seed=1), arguments(tmp_path, max_steps=1)
-    own = compositions.weight_snapshots(settings.output_dir or "", every_steps=1)
+    own = training.weight_snapshots(settings.output_dir or "", every_steps=1)
     with pytest.raises(merge.OutputError, match="own output_dir"):
         Trainer(llama(), settings, train_dataset=data, callbacks=[own]).train()  # type: ignore[arg-type]
     (tmp_path / "run" / "checkpoint-7").mkdir(parents=True)
-    earlier = compositions.weight_snapshots(tmp_path / "run", every_steps=1)
+    earlier = training.weight_snapshots(tmp_path / "run", every_steps=1)
     with pytest.raises(merge.OutputError, match="snapshots of an earlier run"):
         Trainer(llama(), settings, train_dataset=data, callbacks=[earlier]).train()  # type: ignore[arg-type]
 
@@ -366,4 +367,4 @@ def test_places_where_snapshots_would_be_mixed_up_are_refused(tmp_path: Path) ->
 @pytest.mark.parametrize("numbers", [{}, {"every_steps": 1, "every_epochs": 1}, {"every_steps": 0}])
 def test_snapshots_need_one_number(tmp_path: Path, numbers: dict[str, int]) -> None:
     with pytest.raises(merge.MergeError, match="either every_steps or every_epochs"):
-        compositions.weight_snapshots(tmp_path, **numbers)
+        training.weight_snapshots(tmp_path, **numbers)

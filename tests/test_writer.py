@@ -18,6 +18,7 @@ from torch import Tensor
 from portmanteau import merge
 from portmanteau.merge import TensorSpec
 from portmanteau.merge.dtypes import from_torch
+from portmanteau.merge.form import Form
 from portmanteau.merge.writer import Writer, layout
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.uint8, torch.bool]
@@ -149,3 +150,17 @@ def test_transformers_loads_a_sharded_result(save_llama: Callable[..., Path], tm
     assert model.state_dict().keys() == expected.keys()
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0)
+
+
+def test_a_form_puts_tensors_into_files_in_sub_folders_without_an_index(tmp_path: Path) -> None:
+    form = Form("adapter.safetensors", folders={"a.x": "a", "b.x": "b"})
+    tensors = {"a.x": torch.tensor([1.0, 2.0]), "b.x": torch.tensor([3.0]), "y": torch.tensor([4.0])}
+    writer = Writer(tmp_path, [spec_of(name, tensor) for name, tensor in tensors.items()], 1, form)
+    for name, tensor in tensors.items():
+        writer.put(name, raw(tensor), 0)
+    files = ["a/adapter.safetensors", "b/adapter.safetensors", "adapter.safetensors"]
+    assert writer.finish() == files
+    assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()) == sorted(files)
+    read = [load_file(tmp_path / file) for file in files]
+    values = [{name: tensor.tolist() for name, tensor in found.items()} for found in read]
+    assert values == [{"a.x": [1.0, 2.0]}, {"b.x": [3.0]}, {"y": [4.0]}]

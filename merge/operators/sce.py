@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Found = tuple[Cut | None, tuple[float, ...]]
-_NOTHING = Cut(float("inf"), -1)
+_NOTHING = Cut(float("inf"), -1)  # a boundary that no entry lies within
 
 
 def selection(parts: Parts, *, density: float, uniform_below: float) -> Found:
@@ -48,8 +48,6 @@ def variance(deltas: Tensor) -> Tensor:
 def _selected(deltas: Tensor, cut: Cut | None, start: int) -> Tensor:
     if cut is None:
         return deltas
-    if cut is _NOTHING:
-        return deltas * 0
     kept = select_largest(variance(deltas), cut, start).view(deltas.shape[1:])
     return deltas.masked_fill(~kept, 0.0)
 

@@ -7,6 +7,7 @@
 For every recipe the programs take turns, so that a noisy machine is noisy for all of them; the first round is a warm-up
 that is not counted, and leaves the inputs in the page cache for all. Before every process everything written is synced,
 so that nobody pays for another's writes. We sync our output and `cp` is followed by `sync`; mergekit does not sync.
+What mergekit does not do has our own `linear` as its peer.
 
 mergekit is given `dtype: bfloat16`, as in its own examples: it computes deltas in bf16 where we compute in fp32.
 Peak memory is the kernel's `ru_maxrss`, which counts the pages of mapped input files too. Nothing heavy is imported
@@ -41,11 +42,15 @@ OURS: Mapping[str, Any] = {
     "linear": {"linear": {"models": _WEIGHTS}},
     "slerp": {"slerp": {"models": ["one", "two"], "t": 0.4}},
     "task_arithmetic": {"task_arithmetic": {"base": "base", "models": _WEIGHTS}},
+    "extract_sparse": {"extract_sparse": {"base": "base", "tuned": "one", "density": 0.01}},
     "ties": {"ties": {"base": "base", "models": _WEIGHTS, "density": 0.2}},
     "dare_ties": {
         "dare": {"base": "base", "models": _WEIGHTS, "density": 0.2, "rescale": "l1", "elect": "weighted"},
     },
 }
+
+
+OURS_ALONE = ("extract_sparse",)
 
 
 def our_recipe(name: str, inputs: Path) -> dict[str, Any]:
@@ -99,17 +104,21 @@ def _environment() -> dict[str, str]:
 
 
 def one_round(name: str, work: Path, inputs: Path) -> dict[str, Cost]:
-    """Let the three programs do one recipe, one after the other; nothing of it is left afterwards."""
-    ours, theirs = work / f"{name}.portmanteau.yaml", work / f"{name}.mergekit.yaml"  # JSON is YAML
+    """Let a peer, us and `cp` do one recipe, one after the other; nothing of it is left afterwards."""
+    ours, theirs = work / f"{name}.portmanteau.yaml", work / f"{name}.peer.yaml"  # JSON is YAML
     ours.write_text(json.dumps(our_recipe(name, inputs), indent=2), encoding="utf-8")
-    theirs.write_text(json.dumps(mergekit_recipe(name, inputs), indent=2), encoding="utf-8")
-    outs = {program: work / f"out-{program}" for program in ("mergekit", "ours", "cp")}
+    outs = {program: work / f"out-{program}" for program in ("peer", "ours", "cp")}
+    if name in OURS_ALONE:
+        recipe, peer = our_recipe("linear", inputs), ["portmanteau", "build", theirs, outs["peer"]]
+    else:
+        recipe, peer = mergekit_recipe(name, inputs), ["mergekit-yaml", theirs, outs["peer"], "--no-copy-tokenizer"]
+    theirs.write_text(json.dumps(recipe, indent=2), encoding="utf-8")
     log = work / "last.log"
     for out in outs.values():
         shutil.rmtree(out, ignore_errors=True)
     try:
-        costs = {"mergekit": measure(["mergekit-yaml", theirs, outs["mergekit"], "--no-copy-tokenizer"], log)}
-        shutil.rmtree(outs["mergekit"])
+        costs = {"peer": measure(peer, log)}
+        shutil.rmtree(outs["peer"])
         costs["ours"] = measure(["portmanteau", "build", ours, outs["ours"]], log)
         costs["cp"] = measure(["sh", "-c", _COPY_AND_SYNC, "cp", outs["ours"], outs["cp"]], log)
     finally:
@@ -123,14 +132,15 @@ def one_round(name: str, work: Path, inputs: Path) -> dict[str, Cost]:
 def table(rounds: Mapping[str, Sequence[Mapping[str, Cost]]]) -> str:
     """Draw the medians as a Markdown table."""
     lines = [
-        "| recipe | mergekit s | ours s | mergekit ÷ ours | cp s | ours ÷ cp | mergekit MB | ours MB |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|",
+        "| recipe | peer | peer s | ours s | peer ÷ ours | cp s | ours ÷ cp | peer MB | ours MB |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for name, costs in rounds.items():
-        theirs, ours, copied = (median(one[program].seconds for one in costs) for program in ("mergekit", "ours", "cp"))
-        their_peak, our_peak = (median(one[program].peak for one in costs) / 1e6 for program in ("mergekit", "ours"))
+        theirs, ours, copied = (median(one[program].seconds for one in costs) for program in ("peer", "ours", "cp"))
+        their_peak, our_peak = (median(one[program].peak for one in costs) / 1e6 for program in ("peer", "ours"))
+        peer = "our `linear`" if name in OURS_ALONE else "mergekit"
         lines.append(
-            f"| {name} | {theirs:.2f} | {ours:.2f} | {theirs / ours:.2f} | {copied:.2f} | {ours / copied:.2f} "
+            f"| {name} | {peer} | {theirs:.2f} | {ours:.2f} | {theirs / ours:.2f} | {copied:.2f} | {ours / copied:.2f} "
             f"| {their_peak:.0f} | {our_peak:.0f} |"
         )
     return "\n".join(lines)

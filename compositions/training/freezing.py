@@ -11,8 +11,8 @@ from portmanteau.merge.companions import Companions
 from portmanteau.merge.errors import Mistake, some
 from portmanteau.merge.names import Layers, matches
 
-from .matching import TASK_HEADS
-from .zones import Asked, Count, Ends, Module, Zone, of_module, resolve
+from ..matching import TASK_HEADS
+from ..zones import Asked, Count, Ends, Module, Zone, of_module, resolve
 
 if TYPE_CHECKING:
     from torch.nn import Module as Network

@@ -1,0 +1,70 @@
+"""Folders with sparse fine-tunes as plain values for tables and JSON."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from .names import Layers, Stack
+from .sparse_file import DENSE, INDICES, PUBLISHED, VALUES, WEIGHTS, SparseFineTune, open_sparse
+
+_OUTSIDE = "outside the layers"
+
+
+def is_sparse(reference: str | Path) -> bool:
+    """Tell whether a path is that of a sparse fine-tune, in our form or the published one."""
+    path = Path(reference).expanduser()
+    return path.name in (WEIGHTS, PUBLISHED) or any((path / name).is_file() for name in (WEIGHTS, PUBLISHED))
+
+
+def sparse_fine_tune(reference: str | Path, *, tensors: bool = False) -> dict[str, Any]:
+    """Describe a sparse fine-tune: how many entries of its base it changes, and where; every tensor if asked.
+
+    Raises CheckpointError where it cannot be opened.
+    """
+    opened = open_sparse(reference)
+    specs = opened.stored.specs
+    considered = sum(math.prod(shape) for shape in opened.considered.values())
+    about = {
+        "kind": "sparse fine-tune",
+        "changes": f"{opened.count:,} of {considered:,} entries ({opened.count / max(1, considered):.2%})",
+        "fingerprint of its base": opened.base[:12] or "not stated",
+        "stored whole": ", ".join(opened.dense) or "none",
+    }
+    described: dict[str, Any] = {
+        "about": [about],
+        "tensors": len(specs),
+        "entries": sum(spec.entries for spec in specs.values()),
+        "bytes": opened.stored.nbytes,
+        "groups": _groups(opened),
+    }
+    if tensors:
+        described["list"] = [
+            {"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape), "bytes": spec.nbytes}
+            for spec in specs.values()
+        ]
+    return described
+
+
+def _groups(opened: SparseFineTune) -> list[dict[str, Any]]:
+    """Sum up its tensors by the stack of layers in the base that they change."""
+    layers = Layers([*opened.considered, *opened.dense])
+    found: dict[Stack | None, list[str]] = {}
+    for name in (*opened.shapes, *opened.dense):
+        place = layers.place(name)
+        found.setdefault(place.stack if place else None, []).append(name)
+    groups = []
+    for stack, names in found.items():
+        own = [name + ending for name in names for ending in (INDICES, VALUES, DENSE)]
+        specs = [opened.stored.specs[name] for name in own if name in opened.stored.specs]
+        groups.append(
+            {
+                "where": stack.prefix if stack else _OUTSIDE,
+                "layers": str(stack.count) if stack else "",
+                "tensors": len(specs),
+                "bytes": sum(spec.nbytes for spec in specs),
+                "dtypes": ", ".join(sorted({spec.dtype for spec in specs})),
+            }
+        )
+    return groups
