@@ -22,6 +22,7 @@ from portmanteau.compositions import (
     load,
     measured_by,
     overlaps,
+    recipe_text,
     reference_page,
 )
 from portmanteau.merge import describe
@@ -126,6 +127,12 @@ def check(recipe: Recipe, as_json: Json = False) -> None:
         count = "tensors that a survey will tell" if made.pending else f"{len(made.steps)} tensors"
         typer.echo(f"{recipe}: good; it makes {count}, {_most(made)}")
         _notes(made.notes)
+
+
+@app.command()
+def convert(recipe: Recipe) -> None:
+    """Print a mergekit YAML as a recipe of portmanteau's own, which builds the same bytes."""
+    typer.echo(recipe_text.written(load(recipe).document.value), nl=False)
 
 
 @app.command()

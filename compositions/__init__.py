@@ -1,6 +1,7 @@
 """Which tensors meet: compositions take checkpoints and give a checkpoint, nothing read until it is asked for."""
 
 from . import training
+from .assemble import assemble
 from .average import Exponential, accumulative_averages, average
 from .average_adapters import average_adapters
 from .changes import Changes, changes
@@ -16,6 +17,7 @@ from .metric_command import measured_by
 from .overlap import Overlap, overlaps
 from .recipe import Recipe, load
 from .revert_sparse import revert_sparse
+from .slices import Slice, slices
 from .sparse_fine_tune import Term, sparse_fine_tune
 from .stack_adapters import stack_adapters
 from .swap_lora import swap_lora
@@ -30,11 +32,13 @@ __all__ = [
     "Overlap",
     "Recipe",
     "Rule",
+    "Slice",
     "Soup",
     "Term",
     "Try",
     "Zone",
     "accumulative_averages",
+    "assemble",
     "average",
     "average_adapters",
     "changes",
@@ -50,6 +54,7 @@ __all__ = [
     "measured_by",
     "overlaps",
     "revert_sparse",
+    "slices",
     "sparse_fine_tune",
     "stack_adapters",
     "swap_lora",

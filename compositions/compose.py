@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
-from portmanteau.merge import Checkpoint, CheckpointError, Composed, MergeError, PortmanteauError, RecipeError, Surveyed
+from portmanteau.merge import (
+    Checkpoint,
+    CheckpointError,
+    Composed,
+    MergeError,
+    PortmanteauError,
+    RecipeError,
+    StoredCheckpoint,
+    Surveyed,
+)
 from portmanteau.merge.errors import Mistake
 
 from .composition import compositions
 from .lines import KeyPath
 from .lora import lora
+from .matching import different_vocabularies
 from .recipe import Body, Recipe
 from .reference import Reference, references, replaced
 from .tensorwise import tensorwise
@@ -35,17 +47,35 @@ class _Composer:
     def result(self) -> Composed | Surveyed:
         """Compose the recipe's result."""
         self._open_all()
-        merged = self._composed(self._recipe.merge)
-        donor = self._recipe.output.tokenizer
-        if donor is None:
-            return merged
-        return merged.beside(merged.companions.with_tokenizer_of(self._opened(donor).companions))
+        merged, output = self._composed(self._recipe.merge), self._recipe.output
+        companions = merged.companions
+        if output.tokenizer is not None:
+            donor = self._opened(output.tokenizer)
+            self._refuse_tokenizer(donor, merged)
+            companions = companions.with_tokenizer_of(donor.companions)
+        template = output.chat_template
+        if template == "auto":
+            template = self._commonest_template()
+        return merged.beside(companions.with_chat_template(template) if template else companions)
+
+    def _refuse_tokenizer(self, donor: Checkpoint, merged: Composed | Surveyed) -> None:
+        """Refuse a tokenizer that gives other ids to tokens. Raises RecipeError."""
+        mistakes = different_vocabularies({"the result": merged, donor.label: donor}, "the result")
+        if mistakes:
+            where = self._recipe.document.where(("output", "tokenizer"))
+            raise RecipeError.of(replace(mistake, where=where) for mistake in mistakes)
+
+    def _commonest_template(self) -> str | None:
+        """Give the chat template that most of the models have; of equals the first named one's."""
+        opened = [one for one in self._made.values() if isinstance(one, StoredCheckpoint)]
+        count = Counter(found for one in opened if (found := one.companions.chat_template))
+        return count.most_common(1)[0][0] if count else None
 
     def _open_all(self) -> None:
         """Open everything that is named, as what it is used for, and report all that cannot be opened."""
         recipe, mistakes = self._recipe, []
         bodies = [*recipe.steps.values(), recipe.merge]
-        used = [(body.path, found) for body in bodies for found in references(body.arguments)]
+        used = [found for body in bodies for found in references(body.arguments, body.path)]
         used += [(("models", name, "lora"), one) for name, found in recipe.models.items() for one, _ in found.lora]
         named: list[tuple[KeyPath, Reference]] = []
         for name in recipe.models:

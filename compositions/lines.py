@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,12 +34,18 @@ class Document:
     text: str
     value: Any
     lines: Mapping[KeyPath, int]
+    bundle: bool = False  # several documents: the value is their list
 
     def where(self, path: KeyPath) -> str:
-        """Give `file:line` of a path of keys, or of the nearest thing around it."""
-        while path not in self.lines and path:
-            path = path[:-1]
-        return f"{self.file}:{self.lines.get(path, 1)}"
+        """Give `file:line` of a path of keys, or of the nearest thing around it; keys that may be left out may be."""
+        return f"{self.file}:{self.line(path)}"
+
+    def line(self, path: KeyPath) -> int:
+        """Give the line of a path of keys, or of the nearest thing around it."""
+        here: KeyPath = ()
+        for key in path:
+            here = (*here, key) if (*here, key) in self.lines else here
+        return self.lines.get(here, 1)
 
 
 def read(path: Path) -> Document:
@@ -50,9 +56,10 @@ def read(path: Path) -> Document:
         raise RecipeError(str(path), f"cannot be read ({error})") from error
     loader = _Loader(text)
     try:
-        node = loader.get_single_node()
+        nodes = [node for node in _documents(loader) if node.tag != "tag:yaml.org,2002:null"]
         builder = _Builder(str(path), loader)
-        value = builder.build(node, ()) if node is not None else None
+        bundle = len(nodes) > 1
+        values = [builder.build(node, (i,) if bundle else ()) for i, node in enumerate(nodes)]
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise RecipeError(f"{path}:{line}", f"not valid YAML: {error.problem or error}") from error
@@ -62,7 +69,15 @@ def read(path: Path) -> Document:
         loader.dispose()
     if builder.mistakes:
         raise RecipeError.of(builder.mistakes)
-    return Document(str(path), text, value, builder.lines)
+    return Document(str(path), text, values if bundle else values[0] if values else None, builder.lines, bundle)
+
+
+def _documents(loader: _Loader) -> Iterator[yaml.Node]:
+    """Go through the documents of a file, which `---` separates."""
+    while loader.check_node():
+        node = loader.get_node()
+        assert node is not None  # there is one: it was looked
+        yield node
 
 
 class _Builder:

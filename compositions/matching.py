@@ -59,7 +59,7 @@ def match(models: Mapping[str, Checkpoint], reference: str, unmatched: str = "er
     if unmatched == "error" and not mistakes:
         mistakes += _missing(models, partial)
     mistakes += _different_shapes(named, every)
-    mistakes += _different_vocabularies(models, reference)
+    mistakes += different_vocabularies(models, reference)
     if mistakes:
         raise MergeError.of(mistakes)
     if partial:
@@ -135,7 +135,7 @@ def _different_shapes(named: Mapping[str, Mapping[str, Node]], names: list[str])
     return mistakes
 
 
-def _different_vocabularies(models: Mapping[str, Checkpoint], reference: str) -> list[Mistake]:
+def different_vocabularies(models: Mapping[str, Checkpoint], reference: str) -> list[Mistake]:
     """Compare which token each id stands for; the same files need no look inside."""
     first = models[reference].companions
     own: dict[str, int] | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
@@ -17,9 +17,11 @@ from portmanteau.merge.units import byte_count
 
 from .composition import compositions
 from .lines import Document, KeyPath, read
+from .mergekit import is_mergekit, translated
+from .operator_body import Finding, OperatorBody, SliceBody, each_slice, operator_arguments
 from .reference import Reference, references
 from .schema import schema_of, validated
-from .tensorwise import Rule, check
+from .slices import Slice
 
 _KEYS = ("models", "steps", "merge", "output")
 
@@ -34,6 +36,7 @@ class Output(_Strict):
     dtype: str | None = None
     shard_size: int = 5_000_000_000
     tokenizer: Reference | None = None
+    chat_template: str | None = None  # `auto`: the commonest of the models'; else a Jinja text
 
     @field_validator("dtype")
     @classmethod
@@ -43,29 +46,17 @@ class Output(_Strict):
         except PortmanteauError as error:
             raise ValueError(f"{error.mistakes[0].what}; {error.mistakes[0].hint}") from error
 
+    @field_validator("chat_template")
+    @classmethod
+    def _is_template(cls, value: str | None) -> str | None:
+        if value is not None and value != "auto" and "{" not in value:
+            raise ValueError("neither auto nor a Jinja template")
+        return value
+
     @field_validator("shard_size", mode="before")
     @classmethod
     def _bytes(cls, value: str | int) -> int:
         return byte_count(value)
-
-
-class _RuleBody(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="allow")
-
-    tensors: str
-    operator: str | None = None
-    models: tuple[str, ...] | None = None
-
-
-class _OperatorBody(BaseModel):
-    """An operator over every tensor: what is not named here is a setting."""
-
-    model_config = ConfigDict(frozen=True, extra="allow")
-
-    models: dict[str, Any] | list[Reference]  # name → nothing, its weight, or settings of its own
-    base: Reference | None = None
-    rules: tuple[_RuleBody, ...] = ()
-    unmatched: Literal["error", "keep", "drop"] = "error"
 
 
 @dataclass(frozen=True)
@@ -102,13 +93,29 @@ class Recipe:
 def load(path: str | Path) -> Recipe:
     """Read a recipe. Raises RecipeError with every mistake that its text, and the places it names, show."""
     document = read(Path(path))
+    if is_mergekit(document):
+        return _load_mergekit(document)
+    if document.bundle:
+        raise RecipeError(document.where((1,)), "a second document", "only bundles of mergekit YAMLs have several")
     if not isinstance(document.value, dict):
         raise RecipeError(document.file, "holds no recipe", "a recipe is a mapping with the key `merge`")
-    if "merge_method" in document.value:
-        raise RecipeError(
-            document.where(("merge_method",)), "a mergekit YAML, which is not read yet", "write a native recipe"
-        )
     return _Reader(document).recipe()
+
+
+def _load_mergekit(document: Document) -> Recipe:
+    """Read a mergekit YAML as a recipe of ours, and report together what is wrong with either."""
+    written, mistakes = translated(document)
+    try:
+        recipe = _Reader(written).recipe() if written is not None else None
+    except RecipeError as error:
+        mistakes, recipe = [*mistakes, *error.mistakes], None
+    if recipe is None or mistakes:
+        raise RecipeError.of(sorted(mistakes, key=_line))
+    return recipe
+
+
+def _line(mistake: Mistake) -> int:
+    return int(mistake.where.rpartition(":")[2])
 
 
 class _Reader:
@@ -133,7 +140,7 @@ class _Reader:
         bodies = [*steps.values(), *([merge] if merge else [])]
         self._check_references(models, steps, bodies, output)
         if self._mistakes or merge is None:
-            raise RecipeError.of(sorted(self._mistakes, key=lambda mistake: int(mistake.where.rpartition(":")[2])))
+            raise RecipeError.of(sorted(self._mistakes, key=_line))
         return Recipe(self._document, models, steps, merge, output)
 
     def _steps(self, value: Any) -> dict[str, Body]:
@@ -153,17 +160,24 @@ class _Reader:
         ((name, arguments),) = value.items()
         here = (*path, name)
         if name in compositions():
+            keys = compositions()[name].parameters
+            if isinstance(arguments, list):  # a list alone is what the first key says
+                arguments = {next(iter(keys)): arguments}
             found = self._validated(schema_of(name), arguments or {}, here)
-            return (
-                Body(name, here, self._expanded(_fields(found), here), is_operator=False) if found is not None else None
-            )
+            if found is None:
+                return None
+            return Body(name, here, self._with_slices(self._expanded(_fields(found), here), here), is_operator=False)
         if name not in operators():
             self._wrong(
                 here, f"unknown composition or operator {name!r}", nearest(name, [*compositions(), *operators()])
             )
             return None
-        body = self._validated(_OperatorBody, arguments or {}, here)
-        return Body(name, here, self._operator_arguments(name, body, here), is_operator=True) if body else None
+        body = self._validated(OperatorBody, arguments or {}, here)
+        if body is None:
+            return None
+        made, findings = operator_arguments(name, body, here, self._document)
+        self._all_wrong(findings)
+        return Body(name, here, made, is_operator=True)
 
     def _expanded(self, arguments: dict[str, Any], path: KeyPath) -> dict[str, Any]:
         """Put the checkpoints that a pattern stands for in its place, in lists of references."""
@@ -177,47 +191,19 @@ class _Reader:
                 result[key] = [reference for _, several in found for reference in several]
         return result
 
-    def _operator_arguments(self, name: str, body: _OperatorBody, path: KeyPath) -> dict[str, Any]:
-        """Turn an operator's body into the arguments of `tensorwise`, and check its settings."""
-        if isinstance(body.models, dict):
-            models = {label: Reference(path=label) for label in body.models}
-            own = {label: _own_settings(value) for label, value in body.models.items()}
-        else:
-            models, own = {reference.path: reference for reference in body.models}, {}
-        settings = dict(body.__pydantic_extra__ or {})
-        for key in dict.fromkeys(key for given in own.values() for key in given):
-            common = settings.get(key)
-            of_each = (
-                common if isinstance(common, dict) else dict.fromkeys(models, common) if common is not None else {}
-            )
-            settings[key] = {**of_each, **{label: given[key] for label, given in own.items() if key in given}}
-        rules = tuple(
-            Rule(
-                rule.tensors,
-                rule.operator,
-                rule.models,
-                rule.__pydantic_extra__ or {},
-                self._document.where((*path, "rules", i)),
-            )
-            for i, rule in enumerate(body.rules)
-        )
-        for inner, what, hint in check(name, list(models), body.base is not None, settings, rules):
-            self._wrong(self._moved(path, inner, models), what, hint)
-        return {"models": models, "base": body.base, "settings": settings, "rules": rules, "unmatched": body.unmatched}
-
-    def _moved(self, path: KeyPath, inner: KeyPath, labels: Iterable[str]) -> KeyPath:
-        """Find where a setting stands: `weight.a` may have been written as `models.a.weight` or `models.a`."""
-        choices = [inner]
-        if len(inner) > 1:
-            choices += [("models", inner[1], inner[0]), ("models", inner[1])]
-        elif inner:
-            choices += [("models", label, inner[0]) for label in labels]
-        return next((p for c in choices if (p := (*path, *c)) in self._document.lines), (*path, *inner))
+    def _with_slices(self, arguments: dict[str, Any], path: KeyPath) -> dict[str, Any]:
+        """Put slices in the place of their bodies."""
+        result = dict(arguments)
+        for key, value in arguments.items():
+            if isinstance(value, list | tuple) and value and all(isinstance(one, SliceBody) for one in value):
+                made = list(each_slice(value, path, self._document, Slice))
+                result[key] = [one for one, _ in made]
+                self._all_wrong(found for _, findings in made for found in findings)
+        return result
 
     def _validated(self, kind: Any, value: Any, path: KeyPath) -> Any:
         result, findings = validated(kind, value, self._document, path)
-        for location, what, hint in findings:
-            self._wrong(location, what, hint)
+        self._all_wrong(findings)
         return result
 
     def _check_references(
@@ -234,13 +220,12 @@ class _Reader:
                 if adapter.path not in models:
                     self._check_place(adapter, folder, ("models", name, "lora"), [])
         for body in bodies:
-            for key, value in body.arguments.items():
-                for reference in references(value):
-                    if reference.path not in names:
-                        self._check_place(reference, folder, (*body.path, key), names)
-                    elif reference.path in steps and not reference.may_be_step:
-                        what = f"{reference.path!r} is a step; adapters and sparse fine-tunes are read from disk"
-                        self._wrong((*body.path, key), what, "build it first, by a recipe of its own")
+            for path, reference in references(body.arguments, body.path):
+                if reference.path not in names:
+                    self._check_place(reference, folder, path, names)
+                elif reference.path in steps and not reference.may_be_step:
+                    what = f"{reference.path!r} is a step; adapters and sparse fine-tunes are read from disk"
+                    self._wrong(path, what, "build it first, by a recipe of its own")
         if output.tokenizer is not None and output.tokenizer.path not in names:
             self._check_place(output.tokenizer, folder, ("output", "tokenizer"), names)
 
@@ -252,15 +237,12 @@ class _Reader:
         what = f"no {'file or folder' if path[0] == 'models' else 'model, file or folder'} {reference.path!r}"
         self._wrong(path, what, nearest(place.name if "/" in reference.path else reference.path, names or siblings))
 
+    def _all_wrong(self, findings: Iterable[Finding]) -> None:
+        for location, what, hint in findings:
+            self._wrong(location, what, hint)
+
     def _wrong(self, path: KeyPath, what: str, hint: str = "") -> None:
         self._mistakes.append(Mistake(self._document.where(path), what, hint))
-
-
-def _own_settings(value: Any) -> dict[str, Any]:
-    """Read what stands beside a model's name: a weight, or settings of its own."""
-    if value is None:
-        return {}
-    return dict(value) if isinstance(value, dict) else {"weight": value}
 
 
 def _fields(model: BaseModel) -> dict[str, Any]:

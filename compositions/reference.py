@@ -9,6 +9,7 @@ import re
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
@@ -25,6 +26,8 @@ from portmanteau.merge import (
 )
 from portmanteau.merge import open as open_checkpoint
 from portmanteau.merge.hub import is_hub_id
+
+from .lines import KeyPath
 
 Weight = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -126,6 +129,8 @@ def as_reference(annotation: Any) -> Any:
     """Put references in the place of what they open, anywhere in an annotation; one may stand for several models."""
     if isinstance(annotation, type) and annotation in _KINDS:
         return _KINDS[annotation]
+    if hasattr(annotation, "recipe_form"):
+        return annotation.recipe_form
     if annotation == Sequence[Checkpoint]:
         return Annotated[list[Reference], BeforeValidator(_listed)]
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
@@ -138,18 +143,20 @@ def as_reference(annotation: Any) -> Any:
     return annotation
 
 
-def references(value: Any) -> Iterator[Reference]:
-    """Go through the references in a validated value, those of adapters inside them too."""
+def references(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Reference]]:
+    """Go through the references in a value that stands at `path`, adapters inside them too, and their places."""
     if isinstance(value, Reference):
-        yield value
-        yield from (adapter for adapter, _ in value.lora)
+        yield path, value
+        yield from (((*path, "lora"), adapter) for adapter, _ in value.lora)
     elif isinstance(value, Mapping):
         for key, one in value.items():
-            yield from references(key)
-            yield from references(one)
+            yield from references(key, path)
+            yield from references(one, (*path, key) if isinstance(key, str) else path)
     elif isinstance(value, list | tuple):
-        for one in value:
-            yield from references(one)
+        for i, one in enumerate(value):
+            yield from references(one, (*path, i))
+    elif is_dataclass(value):
+        yield from references(_fields(value), path)
 
 
 def replaced(value: Any, opened: Callable[[Reference], Any]) -> Any:
@@ -160,4 +167,10 @@ def replaced(value: Any, opened: Callable[[Reference], Any]) -> Any:
         return {replaced(key, opened): replaced(one, opened) for key, one in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(replaced(one, opened) for one in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **replaced(_fields(value), opened))
     return value
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    return {field.name: getattr(value, field.name) for field in fields(value)}

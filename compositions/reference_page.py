@@ -68,6 +68,8 @@ def _type(annotation: Any) -> str:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation in _NAMES:
         return _NAMES[annotation]
+    if hasattr(annotation, "recipe_form"):
+        return "{" + ", ".join(annotation.recipe_form.model_fields) + ", settings of the operator}"
     if origin is Annotated:
         return _type(arguments[0])
     if origin is Literal:

@@ -19,6 +19,7 @@ from portmanteau.merge.registry import find, operators
 from .matching import Met, match
 
 Path = tuple[str | int, ...]
+_CHOICE = "choices by tensor name: [{tensors: PATTERN, value: …}, …, {value: …}]"
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,9 @@ def tensorwise(
     """Apply one operator to every tensor of the models.
 
     A setting is one value; a list, as a gradient over depth (numbers are interpolated between the first and the last
-    layer of a stack; tensors outside the layers take the first); or, where it is a matter of each model, a mapping from
-    the models' names to either. Tensors that are no floats must be equal in all models.
+    layer of a stack; tensors outside the layers take the first); choices by tensor name, of which the first that fits
+    holds, `[{tensors: PATTERN, value: …}, …, {value: …}]`; or, where it is a matter of each model, a mapping from the
+    models' names to any of these. Tensors that are no floats must be equal in all models.
 
     Args:
         operator: its name.
@@ -69,17 +71,24 @@ def tensorwise(
     mistakes = list(check(operator, list(models), base is not None, settings or {}, rules))
     if mistakes:
         raise MergeError.of(Mistake(_dotted(path), what, hint) for path, what, hint in mistakes)
-    every = {**({_base_label(models): base} if base is not None else {}), **models}
+    every = {**({base_label(models): base} if base is not None else {}), **models}
     reference = next(iter(every))
     matching = match(every, reference, unmatched)
-    job = _Job(tuple(models), reference if base is not None else None, operator, settings or {}, tuple(rules))
+    job = Job(tuple(models), reference if base is not None else None, operator, settings or {}, tuple(rules))
     layers = every[reference].layers
-    nodes = {name: job.step(met, layers.place(name)) for name, met in matching.tensors.items()}
-    packed = [name for name, step in nodes.items() if not step.is_copy and is_packed(step.output.dtype)]
+    places = {name: layers.place(name) for name in matching.tensors}
+    depths = {name: place.depth if place else 0.0 for name, place in places.items()}
+    nodes = {name: job.step(met, depths[name]) for name, met in matching.tensors.items()}
+    refuse_packed(nodes)
+    return Composed(operator, nodes, every[reference].companions, matching.notes)
+
+
+def refuse_packed(steps: Mapping[str, Step]) -> None:
+    """Refuse to compute with quantised tensors. Raises MergeError."""
+    packed = [name for name, step in steps.items() if not step.is_copy and is_packed(step.output.dtype)]
     if packed:
         hint = "merge the models before they are quantised, or take these from one of them: a rule with operator: copy"
         raise MergeError("", f"{len(packed)} quantised tensors cannot be merged: {some(packed)}", hint)
-    return Composed(operator, nodes, every[reference].companions, matching.notes)
 
 
 def check(
@@ -136,6 +145,9 @@ def _check_settings(
         if setting is None:
             yield (*path, key), f"{operator.name} has no setting {key!r}", nearest(key, operator.settings)
             continue
+        if wrong := list(_choices(setting, value)):
+            yield from (((*path, key, *inner), what, _CHOICE) for inner, what in wrong)
+            continue
         for inner, one in _single_values(setting, value):
             if inner and isinstance(inner[0], str) and inner[0] not in models:
                 yield (*path, key, *inner), f"unknown model {inner[0]!r}", nearest(inner[0], models)
@@ -154,19 +166,45 @@ def _single_values(setting: Setting, value: Any, inner: Path = ()) -> Iterator[t
     if isinstance(value, Mapping) and setting.per_model and not inner:
         for label, one in value.items():
             yield from _single_values(setting, one, (label,))
+    elif by_name(value):
+        for i, choice in enumerate(value):
+            yield from _single_values(setting, choice["value"], (*inner, i, "value"))
     elif isinstance(value, list | tuple) and value:
         yield from (((*inner, i), one) for i, one in enumerate(value))
     else:
         yield inner, value
 
 
+def by_name(value: Any) -> bool:
+    """Tell whether a value is choices by tensor name: a list of mappings."""
+    return isinstance(value, list | tuple) and bool(value) and all(isinstance(one, Mapping) for one in value)
+
+
+def _choices(setting: Setting, value: Any, inner: Path = ()) -> Iterator[tuple[Path, str]]:
+    """Find what is wrong with the form of choices by tensor name."""
+    if isinstance(value, Mapping) and setting.per_model and not inner:
+        for label, one in value.items():
+            yield from _choices(setting, one, (label,))
+    if not by_name(value):
+        return
+    for i, choice in enumerate(value):
+        for key in choice.keys() - {"tensors", "value"}:
+            yield (*inner, i, key), f"unknown key {key!r}"
+        if "value" not in choice or by_name(choice["value"]):
+            yield (*inner, i), f"a choice of {setting.name} lacks its value"
+        if not isinstance(choice.get("tensors", ""), str):
+            yield (*inner, i, "tensors"), f"{choice['tensors']!r} is no pattern"
+    if setting.required and "tensors" in value[-1]:
+        yield inner, f"{setting.name} has no value where no pattern fits"
+
+
 def step_on_deltas(operator: str, settings: Mapping[str, Any], met: Met, place: Place | None) -> Step:
     """Make the step of one operator over tensors that are deltas already; settings as `tensorwise` takes them."""
-    return _Job(tuple(met.nodes), None, operator, settings, ()).step(met, place)
+    return Job(tuple(met.nodes), None, operator, settings, ()).step(met, place.depth if place else 0.0)
 
 
 @dataclass(frozen=True)
-class _Job:
+class Job:
     """What is asked for, apart from any one tensor."""
 
     models: tuple[str, ...]
@@ -174,35 +212,51 @@ class _Job:
     operator: str
     settings: Mapping[str, Any]
     rules: tuple[Rule, ...]
+    why: str = ""
 
-    def step(self, met: Met, place: Place | None) -> Step:
-        """Make the step for one output tensor."""
+    def step(self, met: Met, depth: float) -> Step:
+        """Make the step for one output tensor at a depth from 0 to 1; 0 outside the layers."""
         if not met.complete:
             label, node = next(iter(met.nodes.items()))
             return copy_of(node, met.spec, label)
         rule = next((rule for rule in self.rules if matches(rule.tensors, met.spec.name)), None)
         operator = find(rule.operator if rule and rule.operator else self.operator)
         labels = rule.models if rule and rule.models else self.models
-        why = rule.why if rule else ""
+        why = rule.why if rule else self.why
         models = tuple(met.nodes[label] for label in labels)
         if not is_float(met.spec.dtype) and operator.name != "copy":
             return Step(met.spec, find("equal"), {}, Inputs(models), labels, why)
         base = met.nodes[self.base] if self.base is not None and operator.takes_base else None
-        depth = place.depth if place else 0.0
-        settings = {s.name: self._value(s, rule, labels, depth) for s in operator.settings.values()}
+        settings = {s.name: self._value(s, rule, labels, met, depth) for s in operator.settings.values()}
         if not is_float(met.spec.dtype) and not is_packed(met.spec.dtype):
             settings = {}  # counters and the like are never multiplied
         return Step(met.spec, operator, settings, Inputs(models, base), labels, why)
 
-    def _value(self, setting: Setting, rule: Rule | None, labels: tuple[str, ...], depth: float) -> Any:
-        """Resolve one setting: the rule's, else the recipe's, else the default; for each model and at this depth."""
+    def _value(self, setting: Setting, rule: Rule | None, labels: tuple[str, ...], met: Met, depth: float) -> Any:
+        """Resolve one setting: the rule's, else the recipe's, else the default; for each model and at this depth.
+
+        Choices see the tensor's name in the result; in what is given for each model, the name that it has there.
+        """
         given: Any = self.settings.get(setting.name, setting.default)
         if rule is not None and setting.name in rule.settings:
             given = rule.settings[setting.name]
         if not setting.per_model:
-            return setting.check(at_depth(given, depth))
+            return setting.check(at_depth(chosen(given, met.spec.name, setting.default), depth))
         of_each = [given.get(label, setting.default) if isinstance(given, Mapping) else given for label in labels]
-        return tuple(setting.check(at_depth(one, depth)) for one in of_each)
+        names = [met.nodes[label].output.name for label in labels]
+        found = [chosen(one, name, setting.default) for one, name in zip(of_each, names, strict=True)]
+        return tuple(setting.check(at_depth(one, depth)) for one in found)
+
+
+def chosen(value: Any, name: str, default: Any) -> Any:
+    """Choose a value by a tensor's name: of choices, the first whose pattern fits.
+
+    >>> chosen([{"tensors": "*mlp*", "value": 0.5}, {"value": 1.0}], "model.norm.weight", 0.0)
+    1.0
+    """
+    if not by_name(value):
+        return value
+    return next((choice["value"] for choice in value if matches(choice.get("tensors", "*"), name)), default)
 
 
 def at_depth(value: Any, depth: float) -> Any:
@@ -221,7 +275,8 @@ def at_depth(value: Any, depth: float) -> Any:
     return value[low] * (1 - share) + value[low + 1] * share
 
 
-def _base_label(models: Mapping[str, Checkpoint]) -> str:
+def base_label(models: Mapping[str, Any]) -> str:
+    """Name the base beside models of these names."""
     return "base" if "base" not in models else "the base"
 
 

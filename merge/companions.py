@@ -62,6 +62,22 @@ class Companions:
         """The files that make the tokenizer and its chat template."""
         return {name: path for name, path in self.files.items() if matches(f"{_TOKENIZER}|{_TEMPLATES}", name)}
 
+    @property
+    def chat_template(self) -> str | None:
+        """The chat template: of a file of its own, or in the tokenizer's config; of several the default one."""
+        if "chat_template.jinja" in self.files:
+            return self.files["chat_template.jinja"].read_text(encoding="utf-8").strip()
+        path = self.files.get("tokenizer_config.json")
+        found = read_json(path).get("chat_template") if path is not None else None
+        if isinstance(found, list):
+            found = next((one.get("template") for one in found if one.get("name") == "default"), None)
+        return found.strip() if isinstance(found, str) else None
+
+    def with_chat_template(self, text: str) -> Companions:
+        """Write this chat template in the place of those that there are."""
+        files = {name: path for name, path in self.files.items() if not matches("chat_template.*", name)}
+        return replace(self, files=files, texts={**self.texts, "chat_template.jinja": text})
+
     def with_tokenizer_of(self, other: Companions) -> Companions:
         """Take every file but the config from another checkpoint."""
         return replace(self, files=other.files)

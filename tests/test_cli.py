@@ -120,6 +120,7 @@ def test_check_says_that_a_recipe_is_good(recipe: Path) -> None:
 def test_show_lists_everything_and_explains_one(tmp_path: Path) -> None:
     names = [row["name"] for row in json.loads(run("show", "--json").stdout)]
     assert names == [
+        "assemble",
         "average",
         "average_adapters",
         "extract_lora",
@@ -128,6 +129,7 @@ def test_show_lists_everything_and_explains_one(tmp_path: Path) -> None:
         "layer_swap",
         "lora",
         "revert_sparse",
+        "slices",
         "sparse_fine_tune",
         "stack_adapters",
         "swap_lora",
@@ -171,7 +173,8 @@ def test_inspect_shows_stacks_and_tensors(recipe: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["plan", "{}"], ["check", "{}"], ["show"], ["show", "ties"], ["inspect", "task"]]
+    "arguments",
+    [["--help"], ["plan", "{}"], ["check", "{}"], ["convert", "{}"], ["show"], ["show", "ties"], ["inspect", "task"]],
 )
 def test_what_reads_no_weights_imports_neither_torch_nor_transformers(recipe: Path, arguments: list[str]) -> None:
     program = (
@@ -237,3 +240,30 @@ def test_progress_is_drawn_on_a_terminal(recipe: Path, tmp_path: Path) -> None:
     os.close(mine)
     assert b"75/75 tensors" in seen
     assert done.stdout == b""
+
+
+def test_convert_prints_a_recipe_that_builds_the_same_bytes(save_llama: SaveLlama, tmp_path: Path) -> None:
+    for seed, name in enumerate("ab"):
+        save_llama(name, seed=seed)
+    path = tmp_path / "mergekit.yml"
+    path.write_text(
+        "merge_method: slerp\nbase_model: a\nmodels: [{model: a}, {model: b}]\n"
+        "parameters: {t: [{filter: mlp, value: [0, 1]}, {value: 0.5}]}\ndtype: bfloat16\n"
+    )
+    done = run("convert", path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == (
+        "models: {a: a, b: b}\n"
+        "merge:\n"
+        "  slerp:\n"
+        "    models: [a, b]\n"
+        "    t:\n"
+        "    - {tensors: '*mlp*', value: [0, 1]}\n"
+        "    - {value: 0.5}\n"
+        "output: {dtype: bfloat16}\n"
+    )
+    (tmp_path / "native.yaml").write_text(done.stdout)
+    for name in ("mergekit.yml", "native.yaml"):
+        assert run("build", tmp_path / name, tmp_path / f"{name}-out").returncode == 0
+    one, other = (tmp_path / f"{name}-out" / "model.safetensors" for name in ("mergekit.yml", "native.yaml"))
+    assert one.read_bytes() == other.read_bytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from textwrap import dedent
@@ -102,6 +103,69 @@ def test_the_first_rule_that_fits_a_tensor_holds_for_it(write: Write) -> None:
     assert first(merged, "lm_head.weight") == 3.0
 
 
+def test_a_setting_may_be_chosen_by_tensor_name(write: Write) -> None:
+    merged = composed(
+        write("""
+        merge:
+          task_arithmetic:
+            base: base
+            models:
+              a: {weight: [{tensors: "*norm*", value: 0.25}, {tensors: "*.layers.*", value: [0.0, 3.0]}]}
+              b: 0.0
+            scale: [{tensors: "lm_head.*", value: 5.0}, {value: 2.0}]
+    """)
+    )
+    assert by_layer(merged) == [0.0, 2.0, 4.0, 6.0]
+    assert by_layer(merged, "input_norm.weight") == [0.5] * 4
+    assert first(merged, "lm_head.weight") == 5.0  # where no pattern fits, a setting has its default: 1
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        ("[{tensors: x, valeu: 1}]", "1: a choice of scale lacks its value"),
+        ("[{tensor: x, value: 1}]", "1: unknown key 'tensor'"),
+        ("[{tensors: 3, value: 1}]", "1: 3 is no pattern"),
+        ("[{value: [{value: 1}]}]", "1: a choice of scale lacks its value"),
+        ("[{value: big}]", "1: scale is 'big': input should be a valid number"),
+        ("{a: 1}", "1: scale is {'a': 1}: input should be a valid number"),
+    ],
+)
+def test_choices_that_cannot_be_read_are_refused(write: Write, value: str, found: str) -> None:
+    path = write(f"merge: {{task_arithmetic: {{base: base, models: [a], scale: {value}}}}}")
+    assert any(one.startswith(found) for one in mistakes(path))
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused(write: Write, tmp_path: Path) -> None:
+    for name, words in (("a", {"x": 0, "y": 1}), ("b", {"x": 1, "y": 0})):
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps({"model": {"vocab": words}}))
+    path = write("merge: {linear: {models: [a]}}\noutput: {tokenizer: b}")
+    assert mistakes(path) == ["2: b and the result give other ids to 2 tokens: 'x', 'y'"]
+
+
+def test_a_chat_template_is_a_text_or_the_commonest(write: Write, tmp_path: Path) -> None:
+    for name, text in (("a", "{{ 1 }}"), ("b", "{{ 2 }}"), ("base", "{{ 2 }}")):
+        (tmp_path / name / "chat_template.jinja").write_text(text)
+    text = "merge: {linear: {models: [a, b, base]}}\noutput: {chat_template: %s}"
+    for number, (given, expected) in enumerate((("auto", "{{ 2 }}"), ("'{{ 3 }}'", "{{ 3 }}"))):
+        merge.build(composed(write(text % given)), tmp_path / f"out{number}")
+        assert (tmp_path / f"out{number}" / "chat_template.jinja").read_text() == expected
+    assert mistakes(write(text % "chatml")) == ["2: chat_template is 'chatml': neither auto nor a Jinja template"]
+
+
+def test_a_list_alone_is_what_the_first_key_says(write: Write) -> None:
+    assert by_layer(composed(write("merge: {average: [a, b]}"))) == [2.0] * 4
+
+
+def test_a_model_is_assembled_from_parts_by_name(write: Write) -> None:
+    merged = composed(write('merge: {assemble: {parts: {"*norm*": a, "*": b}}}'))
+    assert (by_layer(merged), by_layer(merged, "input_norm.weight")) == ([3.0] * 4, [1.0] * 4)
+    assert mistakes(write('merge: {assemble: {parts: {"*norm*": a, "*x*": b, "*.layers.*": b}}}')) == [
+        "1: assemble: no pattern fits lm_head.weight",
+        "1: assemble: '*x*' fits no tensor of b",
+    ]
+
+
 def test_steps_nest_without_intermediate_files(write: Write, tmp_path: Path) -> None:
     path = write("""
         steps:
@@ -196,7 +260,7 @@ CANCELLING = "the weights [1.0, -1.0] sum to zero: set normalize: false, or othe
         ("merge: [a", "not valid YAML"),
         ("merge: !!python/object/apply:os.system [echo]", "not valid YAML"),
         ("merge: {linear: {models: [no/such/model]}}", "1: no model, file or folder 'no/such/model'"),
-        ("merge_method: linear\nmodels: []", "1: a mergekit YAML, which is not read yet"),
+        ("merge: {linear: {models: [a]}}\n---\nmerge: {linear: {models: [b]}}", "3: a second document"),
     ],
 )
 def test_a_mistake_is_named(write: Write, text: str, found: str) -> None:

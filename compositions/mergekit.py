@@ -1,0 +1,130 @@
+"""A mergekit YAML, or a bundle of them, as a recipe of ours: every key read, or refused with its line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from portmanteau.merge.errors import Mistake, nearest
+
+from .lined import Lined, document_of
+from .lines import Document, KeyPath
+from .mergekit_merge import LATER, Merge
+from .mergekit_references import References
+
+
+def is_mergekit(document: Document) -> bool:
+    """Tell whether a document is a mergekit YAML, or several documents are a bundle of them."""
+    values = document.value if document.bundle else [document.value]
+    return any(isinstance(value, dict) and "merge_method" in value for value in values)
+
+
+def translated(document: Document) -> tuple[Document | None, list[Mistake]]:
+    """Write a mergekit YAML as a recipe of ours, whose lines are those of the file.
+
+    Gives the recipe, None where what is wrong leaves nothing to go on with, and every mistake that the text shows.
+    """
+    reader = _Reader(document)
+    value = reader.recipe()
+    return None if reader.broken else document_of(value, document), reader.mistakes
+
+
+class _Reader:
+    """Reads all documents of a file, and collects what is wrong with them."""
+
+    def __init__(self, document: Document) -> None:
+        self.mistakes: list[Mistake] = []
+        self.broken = False
+        self._document = document
+        values = document.value if document.bundle else [document.value]
+        self._values = [(value, (i,) if document.bundle else ()) for i, value in enumerate(values)]
+        names = tuple(value["name"] for value in values if isinstance(value, dict) and "name" in value)
+        folder = Path(document.file).parent
+        self._references = References(folder, self.wrong, names if document.bundle else ())
+
+    def wrong(self, path: KeyPath, what: str, hint: str = "", *, broken: bool = False) -> None:
+        """Note a mistake; `broken`: something is missing now in the recipe that would be written."""
+        self.mistakes.append(Mistake(self._document.where(path), what, hint))
+        self.broken |= broken
+
+    def recipe(self) -> dict[str, Any]:
+        """Write the recipe."""
+        steps: dict[str, Any] = {}
+        results: list[tuple[dict[str, Any], KeyPath]] = []
+        output: dict[str, Any] = {}
+        for value, path in self._values:
+            if not isinstance(value, dict):
+                self.wrong(path, "is no mergekit document: a mapping with the key `merge_method`", broken=True)
+                continue
+            name = value.get("name") if self._document.bundle else None
+            merged = Merge(value, path, self._references, self.wrong, "" if name is None else f"{name}-").result(steps)
+            if name is None:
+                results.append((merged, (*path, "merge_method")))
+                output = self._output(value, path)
+            elif not isinstance(name, str) or name in steps:
+                self.wrong((*path, "name"), f"{name!r} is no name of its own", broken=True)
+            else:
+                steps[name] = Lined(merged, (*path, "merge_method"))
+                self._refuse_output(value, path)
+        if len(results) != 1:
+            what = "no document is without `name:`" if not results else "several documents are without `name:`"
+            self.wrong(results[1][1] if results else (), what, "the one without it is the result", broken=True)
+        found = {"models": self._references.models, "steps": {**self._references.steps, **steps}}
+        merge = {"merge": Lined(results[0][0], results[0][1])} if results else {}
+        return {**{key: one for key, one in found.items() if one}, **merge, **({"output": output} if output else {})}
+
+    def _output(self, value: Mapping[str, Any], path: KeyPath) -> dict[str, Any]:
+        """Write what the result is to be like on disk."""
+        output: dict[str, Any] = {}
+        key = "out_dtype" if value.get("out_dtype") is not None else "dtype"
+        if value.get(key) is not None:
+            output["dtype"] = Lined(value[key], (*path, key))
+        tokenizer = self._tokenizer(value, path)
+        if tokenizer is not None:
+            output["tokenizer"] = tokenizer
+        template = value.get("chat_template")
+        if isinstance(template, str) and (template == "auto" or "{" in template):
+            output["chat_template"] = Lined(template, (*path, "chat_template"))
+        elif template is not None:
+            hint = "write auto, or the Jinja text itself"
+            what = f"chat_template {template!r}: portmanteau carries no templates of its own"
+            self.wrong((*path, "chat_template"), what, hint)
+        return output
+
+    def _tokenizer(self, value: Mapping[str, Any], path: KeyPath) -> Any:
+        """Give the model whose tokenizer the result gets."""
+        here: KeyPath = (*path, "tokenizer_source")
+        source = value.get("tokenizer_source")
+        given = value.get("tokenizer")
+        if given is not None:
+            here = (*path, "tokenizer")
+            if source is not None:
+                self.wrong(here, "tokenizer and tokenizer_source are both given", "leave out tokenizer_source")
+            if not isinstance(given, dict):
+                self.wrong(here, "is no mapping with the key `source`")
+                return None
+            known = ("source", "tokens", "pad_to_multiple_of")
+            for key in given:
+                if key not in known:
+                    self.wrong((*here, key), f"unknown key {key!r}", nearest(key, known))
+            for key in ("tokens", "pad_to_multiple_of"):
+                if given.get(key) is not None:
+                    self.wrong((*here, key), f"tokenizer: {key} is {LATER}", "vocabularies must be equal")
+            source, here = given.get("source", "union"), (*here, "source")
+        if source == "union":
+            self.wrong(here, f"a union of vocabularies is {LATER}", "name the model whose tokenizer is taken, or base")
+            return None
+        if source == "base":
+            if value.get("base_model") is None:
+                self.wrong(here, "the tokenizer of the base is asked for, and there is no base_model")
+                return None
+            source, here = value["base_model"], (*path, "base_model")
+        label = self._references.label(source, here) if source is not None else None
+        return Lined(label, here) if label is not None else None
+
+    def _refuse_output(self, value: Mapping[str, Any], path: KeyPath) -> None:
+        """Refuse what says how a stage is written: it never is."""
+        for key in ("tokenizer_source", "tokenizer", "chat_template"):
+            if value.get(key) is not None:
+                self.wrong((*path, key), f"{key} of a stage: only the last document's result is written", "move it")
