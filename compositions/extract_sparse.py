@@ -57,20 +57,16 @@ def extract_sparse(
     if not 0 < wanted <= entries:
         raise MergeError("count" if count else "density", f"asks for {wanted:,} of {entries:,} entries")
     groups = {name: (Inputs((met.nodes["tuned"],), met.nodes["base"]),) for name, met in sparse.items()}
-    survey = Survey(f"the {wanted:,} largest of {entries:,} changes", select, groups, {"count": wanted})
+    wide = "F64" in {inputs.dtype for (inputs,) in groups.values()}
+    survey = Survey(f"the {wanted:,} largest of {entries:,} changes", select, groups, {"count": wanted, "wide": wide})
     shapes = {name: met.spec.shape for name, met in sparse.items()}
     about = {"selected": str(wanted), "of": str(entries), "base label": base.label, "tuned label": tuned.label}
-    beside = sparse_file.companions(shapes, fingerprint_of(base), about)
+    beside = sparse_file.companions(shapes, fingerprint(base) if isinstance(base, StoredCheckpoint) else "", about)
     if pytorch_diff:
         beside = replace(beside, derived={sparse_file.PUBLISHED: sparse_file.export})
     most = wanted * _ENTRY + sum(node.output.nbytes for node in whole.values())
     settle = partial(_settled, sparse, whole, beside)
     return Surveyed("extract_sparse", survey, settle, most, beside, notes)
-
-
-def fingerprint_of(base: Checkpoint) -> str:
-    """Give what tells a stored base apart from others; nothing for one that is only made."""
-    return fingerprint(base) if isinstance(base, StoredCheckpoint) else ""
 
 
 def _settled(sparse: Mapping[str, Met], whole: Mapping[str, Node], beside: Companions, found: Selection) -> Composed:

@@ -19,7 +19,7 @@ from portmanteau.merge.surveys import balanced_weights
 from .automatic_layers import Automatic, By, by_change
 from .composition import composition
 from .matching import Matching, Met, Unmatched, match
-from .zones import Asked, ByModule, Count, Ends, Module, Share, Zone, of_module, resolve
+from .zones import Asked, ByModule, Count, Modules, Share, Stacks, Transition, Zone, of_module, resolve
 
 
 @composition(
@@ -32,7 +32,7 @@ def layer_swap(
     base: Annotated[Checkpoint | None, Field(description="what both were trained from")] = None,
     bottom: Annotated[Count | None, Field(description="layers of the language expert at the bottom")] = None,
     top: Annotated[Count | None, Field(description="layers of the language expert at the top")] = None,
-    transition: Annotated[Count | Ends, Field(description="layers that mix both, next to each of these")] = 1,
+    transition: Transition = 1,
     blend: Annotated[Share, Field(description="share of the language expert in transition layers")] = 0.5,
     layers: Annotated[
         Literal["auto"] | None, Field(description="auto: each layer from the expert that changed it more, by a survey")
@@ -49,13 +49,8 @@ def layer_swap(
         Literal["language", "task", "average", "base"],
         Field(description="where embeddings, final norm and heads come from"),
     ] = "language",
-    modules: Annotated[
-        Mapping[Module, Zone] | None, Field(description="other numbers for attention, mlp or norm tensors")
-    ] = None,
-    stacks: Annotated[
-        Mapping[str, Zone | Literal["outside"]] | None,
-        Field(description="numbers for each stack of layers, where there are several (encoder, decoder)"),
-    ] = None,
+    modules: Modules = None,
+    stacks: Stacks = None,
     unmatched: Unmatched = "error",
 ) -> Composed:
     """Put the task expert's middle layers between the language expert's bottom and top layers.

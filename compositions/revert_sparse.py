@@ -34,7 +34,7 @@ def revert_sparse(
     Raises MergeError, with every mistake found, for models and sparse fine-tunes that do not fit.
     """
     matching = match({"tuned": tuned, "base": base}, "tuned", "keep")
-    fitted = [fit(diff, base, other_base) for diff in diffs]
+    fitted = fit(diffs, base, other_base)
     mistakes = [mistake for one in fitted for mistake in one.mistakes]
     if not fitted:
         mistakes.append(Mistake("diffs", "names no sparse fine-tune"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -61,7 +61,7 @@ def sparse_fine_tune(
     Raises MergeError, with every mistake found, for other bases, shapes and names, and for two heads in one place.
     """
     terms = _terms(diffs, dense)
-    fitted = [fit(diff, base, other_base) for diff in terms]
+    fitted = fit(terms, base, other_base)
     mistakes = [mistake for one in fitted for mistake in one.mistakes]
     mistakes += _dense_mistakes(terms)
     if len(terms) < len(diffs):
@@ -106,13 +106,20 @@ class Fitted:
         return self.diff.label
 
 
-def fit(diff: SparseFineTune, base: Checkpoint, other_base: str) -> Fitted:
-    """Bring a sparse fine-tune under the names of a base, and find everything that does not fit."""
+def fit(diffs: Iterable[SparseFineTune], base: Checkpoint, other_base: str) -> list[Fitted]:
+    """Bring sparse fine-tunes under the names of a base, and find everything that does not fit."""
+    every = list(diffs)
+    asked = other_base == "error" and any(diff.base for diff in every)
+    mark = fingerprint(base) if asked and isinstance(base, StoredCheckpoint) else ""
+    return [_fitted(diff, base, mark) for diff in every]
+
+
+def _fitted(diff: SparseFineTune, base: Checkpoint, mark: str) -> Fitted:
     alignment = align(list(diff.shapes), base.specs)
     renamed = alignment.renamed if alignment else {}
     names = {renamed.get(name, name): name for name in diff.shapes}
     dense = {renamed.get(name, name): name for name in diff.dense}
-    mistakes = [*_not_of_the_base(diff, base, other_base), *_do_not_fit(diff, base, names, dense)]
+    mistakes = [*_not_of_the_base(diff, base, mark), *_do_not_fit(diff, base, names, dense)]
     notes = [f"{diff.label}: {len(renamed)} tensors renamed to those of the base: {alignment}"] if alignment else []
     if not diff.base:
         notes.append(f"{diff.label}: does not say for which base it was made; only names and shapes were compared")
@@ -121,12 +128,10 @@ def fit(diff: SparseFineTune, base: Checkpoint, other_base: str) -> Fitted:
     return Fitted(diff, names, dense, tuple(mistakes), tuple(notes))
 
 
-def _not_of_the_base(diff: SparseFineTune, base: Checkpoint, other_base: str) -> Iterator[Mistake]:
-    if other_base == "allow" or not diff.base or not isinstance(base, StoredCheckpoint):
-        return
-    found = fingerprint(base)
-    if found != diff.base:
-        what = f"{diff.label} was made for another base (fingerprint {diff.base[:12]}, {base.label} has {found[:12]})"
+def _not_of_the_base(diff: SparseFineTune, base: Checkpoint, mark: str) -> Iterator[Mistake]:
+    """Compare the base's fingerprint, where it was taken, with that of the base which the file names."""
+    if mark and diff.base and mark != diff.base:
+        what = f"{diff.label} was made for another base (fingerprint {diff.base[:12]}, {base.label} has {mark[:12]})"
         yield Mistake("diffs", what, _OTHER)
 
 

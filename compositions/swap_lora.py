@@ -19,7 +19,7 @@ from portmanteau.merge.registry import find
 from .combine_lora import Term, bring_together, concatenated
 from .composition import composition
 from .lora_folder import Folder, Pair, Saved, agreed
-from .zones import Asked, ByModule, Count, Ends, Module, Share, Zone, of_module, resolve
+from .zones import Asked, ByModule, Count, Modules, Share, Stacks, Transition, Zone, of_module, resolve
 
 _WHOLE = "swap whole models instead: give each expert as a model with `lora:`, and use layer_swap"
 
@@ -33,7 +33,7 @@ def swap_lora(
     language: Annotated[Adapter, Field(description="the adapter of the language, which gives the outer layers")],
     bottom: Annotated[Count | None, Field(description="layers of the language adapter at the bottom")] = None,
     top: Annotated[Count | None, Field(description="layers of the language adapter at the top")] = None,
-    transition: Annotated[Count | Ends, Field(description="layers that mix both, next to each of these")] = 1,
+    transition: Transition = 1,
     blend: Annotated[Share, Field(description="share of the language adapter in transition layers")] = 0.5,
     layers: Annotated[
         int | None,
@@ -42,13 +42,8 @@ def swap_lora(
     outside: Annotated[
         Literal["language", "task", "average"], Field(description="where changes of embeddings and heads come from")
     ] = "language",
-    modules: Annotated[
-        Mapping[Module, Zone] | None, Field(description="other numbers for attention, mlp or norm tensors")
-    ] = None,
-    stacks: Annotated[
-        Mapping[str, Zone | Literal["outside"]] | None,
-        Field(description="numbers for each stack of layers, where there are several (encoder, decoder)"),
-    ] = None,
+    modules: Modules = None,
+    stacks: Stacks = None,
 ) -> Composed:
     """Put the task adapter's middle layers between the language adapter's bottom and top layers.
 

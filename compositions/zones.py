@@ -53,6 +53,14 @@ class Zone:
     __pydantic_config__: ClassVar[Any] = _STRICT
 
 
+Transition = Annotated[Count | Ends, Field(description="layers that mix both, next to each of these")]
+Modules = Annotated[Mapping[Module, Zone] | None, Field(description="other numbers for attention, mlp or norm tensors")]
+Stacks = Annotated[
+    Mapping[str, Zone | Literal["outside"]] | None,
+    Field(description="numbers for each stack of layers, where there are several (encoder, decoder)"),
+]
+
+
 @dataclass(frozen=True)
 class Shares:
     """A zone with nothing left open, for a stack of known size."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from .checkpoint import Checkpoint
 from .describe_bottleneck import adapters, is_bottleneck
 from .describe_sparse import is_sparse, sparse_fine_tune
+from .describe_tensors import OUTSIDE, described, group
 from .names import Stack
 from .plan import Plan
 from .receipt import choices
@@ -65,27 +65,8 @@ def checkpoint(opened: Checkpoint, *, tensors: bool = False) -> dict[str, Any]:
     for name, spec in opened.specs.items():
         place = opened.layers.place(name)
         groups.setdefault(place.stack if place else None, []).append(spec)
-    described = {
-        "tensors": len(opened),
-        "entries": sum(spec.entries for spec in opened.specs.values()),
-        "bytes": opened.nbytes,
-        "groups": [_group(stack, specs) for stack, specs in groups.items()],
-        "companions": sorted(opened.companions.files),
-    }
-    if tensors:
-        described["list"] = [
-            {"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape), "bytes": spec.nbytes}
-            for spec in opened.specs.values()
-        ]
-    return described
-
-
-def _group(stack: Stack | None, specs: Iterable[TensorSpec]) -> dict[str, Any]:
-    specs = list(specs)
-    return {
-        "where": stack.prefix if stack else "outside the layers",
-        "layers": str(stack.count) if stack else "",
-        "tensors": len(specs),
-        "bytes": sum(spec.nbytes for spec in specs),
-        "dtypes": ", ".join(sorted({spec.dtype for spec in specs})),
-    }
+    rows = [
+        group(stack.prefix if stack else OUTSIDE, str(stack.count) if stack else "", specs)
+        for stack, specs in groups.items()
+    ]
+    return {**described(opened.specs, rows, tensors=tensors), "companions": sorted(opened.companions.files)}

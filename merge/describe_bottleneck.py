@@ -10,6 +10,7 @@ from typing import Any
 from .adapter_folder import CONFIG
 from .bottleneck import SETUP, Bottleneck, module_of, open_bottleneck
 from .companions import read_json
+from .describe_tensors import described, group
 from .errors import CheckpointError
 from .tensor_spec import TensorSpec
 
@@ -32,19 +33,8 @@ def adapters(reference: str | Path, *, tensors: bool = False) -> dict[str, Any]:
     """
     opened = _opened(Path(reference).expanduser())
     specs = {key: one.stored.specs[own] for one in opened for key, own in one.tensors.items()}
-    described = {
-        "about": [_adapter(one) for one in opened],
-        "tensors": len(specs),
-        "entries": sum(spec.entries for spec in specs.values()),
-        "bytes": sum(spec.nbytes for spec in specs.values()),
-        "groups": [group for one in opened for group in _groups(one, several=len(opened) > 1)],
-    }
-    if tensors:
-        described["list"] = [
-            {"name": key, "dtype": spec.dtype, "shape": list(spec.shape), "bytes": spec.nbytes}
-            for key, spec in specs.items()
-        ]
-    return described
+    groups = [row for one in opened for row in _groups(one, several=len(opened) > 1)]
+    return {"about": [_adapter(one) for one in opened], **described(specs, groups, tensors=tensors)}
 
 
 def _opened(folder: Path) -> list[Bottleneck]:
@@ -99,17 +89,10 @@ def _groups(opened: Bottleneck, *, several: bool) -> list[dict[str, Any]]:
         number = int(layer[1]) if layer else _OUTSIDE
         groups.setdefault(where, []).append((number, opened.stored.specs[own]))
     prefix = f"{opened.name}: " if several else ""
-    return [_group(f"{prefix}{where}", found) for where, found in groups.items()]
-
-
-def _group(where: str, found: Sequence[tuple[int, TensorSpec]]) -> dict[str, Any]:
-    return {
-        "where": where,
-        "layers": runs(sorted({layer for layer, _ in found if layer != _OUTSIDE})),
-        "tensors": len(found),
-        "bytes": sum(spec.nbytes for _, spec in found),
-        "dtypes": ", ".join(sorted({spec.dtype for _, spec in found})),
-    }
+    return [
+        group(f"{prefix}{where}", runs(sorted({i for i, _ in found if i != _OUTSIDE})), (spec for _, spec in found))
+        for where, found in groups.items()
+    ]
 
 
 def runs(numbers: Sequence[int]) -> str:

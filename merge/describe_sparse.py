@@ -6,10 +6,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+from .describe_tensors import OUTSIDE, described, group
 from .names import Layers, Stack
 from .sparse_file import DENSE, INDICES, PUBLISHED, VALUES, WEIGHTS, SparseFineTune, open_sparse
-
-_OUTSIDE = "outside the layers"
 
 
 def is_sparse(reference: str | Path) -> bool:
@@ -32,19 +31,7 @@ def sparse_fine_tune(reference: str | Path, *, tensors: bool = False) -> dict[st
         "fingerprint of its base": opened.base[:12] or "not stated",
         "stored whole": ", ".join(opened.dense) or "none",
     }
-    described: dict[str, Any] = {
-        "about": [about],
-        "tensors": len(specs),
-        "entries": sum(spec.entries for spec in specs.values()),
-        "bytes": opened.stored.nbytes,
-        "groups": _groups(opened),
-    }
-    if tensors:
-        described["list"] = [
-            {"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape), "bytes": spec.nbytes}
-            for spec in specs.values()
-        ]
-    return described
+    return {"about": [about], **described(specs, _groups(opened), tensors=tensors)}
 
 
 def _groups(opened: SparseFineTune) -> list[dict[str, Any]]:
@@ -58,13 +45,5 @@ def _groups(opened: SparseFineTune) -> list[dict[str, Any]]:
     for stack, names in found.items():
         own = [name + ending for name in names for ending in (INDICES, VALUES, DENSE)]
         specs = [opened.stored.specs[name] for name in own if name in opened.stored.specs]
-        groups.append(
-            {
-                "where": stack.prefix if stack else _OUTSIDE,
-                "layers": str(stack.count) if stack else "",
-                "tensors": len(specs),
-                "bytes": sum(spec.nbytes for spec in specs),
-                "dtypes": ", ".join(sorted({spec.dtype for spec in specs})),
-            }
-        )
+        groups.append(group(stack.prefix if stack else OUTSIDE, str(stack.count) if stack else "", specs))
     return groups

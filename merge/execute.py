@@ -66,8 +66,7 @@ class Limits:
         if entry * GRID > self.memory:
             needed = readable(entry * GRID)
             raise OutputError("--memory", f"{readable(self.memory)} is too small: this plan needs {needed}")
-        held = max((*map(_held, plan.steps), *(survey.held for survey in plan.surveys)), default=0)
-        threads = max(1, min(self.threads, self.memory // (entry * GRID), self.memory // max(1, held)))
+        threads = max(1, min(self.threads, self.memory // (entry * GRID), self.memory // max(1, _most_held(plan))))
         share = self.memory // threads
         part = max(GRID, min(LARGEST_PART, share // 2 // entry // GRID * GRID))
         return threads, Session(part, keep=share // 2, threads=threads)
@@ -80,8 +79,7 @@ class Limits:
             groups = plan.pending.survey.groups.values()
             largest = session.part * max((_gathered_bytes(inputs) for group in groups for inputs in group), default=0)
         kept = session.keep if any(step.operator.measure for step in plan.steps) else 0
-        held = max((*map(_held, plan.steps), *(survey.held for survey in plan.surveys)), default=0)
-        return threads * (largest + kept + held)
+        return threads * (largest + kept + _most_held(plan))
 
 
 def _entry_bytes(node: Node) -> int:
@@ -98,6 +96,11 @@ def _gathered_bytes(inputs: Inputs) -> int:
     """Count the bytes in flight for one entry of tensors that meet, and what is made of them."""
     count = sum(1 for _ in inputs) + 1
     return count * (1 + _SCRATCH // 2) * (8 if inputs.dtype in ("F64", "I64", "U64") else 4)
+
+
+def _most_held(plan: Plan) -> int:
+    """Count the most bytes that a thread holds beside the parts, in a survey or a step."""
+    return max((*map(_held, plan.steps), *(survey.held for survey in plan.surveys)), default=0)
 
 
 def _held(node: Node) -> int:

@@ -51,17 +51,17 @@ class Selection:
         return {"selected": total, "of": self.considered, "smallest change": self.boundary, "tensors": selected}
 
 
-def select(groups: Mapping[str, Parts], *, count: int) -> Selection:
+def select(groups: Mapping[str, Parts], *, count: int, wide: bool = False) -> Selection:
     """Select the entries of largest magnitude over all tensors, each a stream of parts (deltas [1, part], base [part]).
 
     A first look at some of the parts tells about where the boundary lies. One pass over all then counts what lies
     above that region, and keeps what lies in it. Where the boundary turns out to lie elsewhere, or too much lies with
-    it, a radix selection takes more passes. The result is the same.
+    it, a radix selection takes more passes. The result is the same. `wide`: some of the deltas are fp64.
 
     Raises MergeError where fewer entries than that differ from the base.
     """
-    kept = None if any(map(_is_wide, groups.values())) else _sifted(groups, count, *_region(groups, count))
-    boundary, counts, ties = kept or _by_radix(groups, count)
+    kept = None if wide else _sifted(groups, count, *_region(groups, count))
+    boundary, counts, ties = kept or _by_radix(groups, count, wide)
     if boundary == 0:
         changed = sum(int(found) for _, found in _over(groups, lambda deltas, _: (deltas != 0).sum()))
         raise MergeError("", f"{count:,} entries are asked for, and {changed:,} differ", _AGAIN)
@@ -90,13 +90,6 @@ def _over(groups: Mapping[str, Parts], function: Callable[..., T], every: int = 
     runs = [(name, run) for name, parts in groups.items() for run in parts.runs()][::every]
     threads = next(iter(groups.values())).threads
     return zip((name for name, _ in runs), mapped(function, (run for _, run in runs), threads), strict=True)
-
-
-def _is_wide(parts: Parts) -> bool:
-    import torch
-
-    first = next(iter(parts), None)
-    return first is not None and first[0].dtype == torch.float64
 
 
 def _region(groups: Mapping[str, Parts], count: int) -> tuple[int, int]:
@@ -179,11 +172,10 @@ def _taken(counts: list[int], equals: list[int], more: list[int], same: list[int
     return ties
 
 
-def _by_radix(groups: Mapping[str, Parts], count: int) -> tuple[float, Counts, Counts]:
+def _by_radix(groups: Mapping[str, Parts], count: int, wide: bool) -> tuple[float, Counts, Counts]:
     """Find the same with four passes over fp32, six over fp64, whatever the magnitudes are."""
     import torch
 
-    wide = any(map(_is_wide, groups.values()))
     kind = torch.float64 if wide else torch.float32
 
     def stream() -> Iterator[Tensor]:

@@ -33,7 +33,7 @@ LAYERS = (  # a file imports only from layers above its own
     ("merge.errors", "merge.form", "merge.names", "merge.kernels", "merge.storage", "merge.units"),
     ("merge.dtypes", "merge.operator", "merge.bottleneck_config"),
     ("merge.tensor_spec", "merge.pytorch_diff", "merge.surveys", "merge.changes", "merge.operators.linear"),
-    ("merge.thinning", "merge.inner_products"),
+    ("merge.thinning", "merge.inner_products", "merge.describe_tensors"),
     ("merge.companions", "merge.safetensors_file", "merge.torch_file", "merge.writer", "merge.operators.*"),
     ("merge.operators", "merge.hub"),
     ("merge.registry", "merge.adapter_folder"),
