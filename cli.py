@@ -22,9 +22,9 @@ from portmanteau.compositions import (
     load,
     measured_by,
     overlaps,
-    recipe_text,
     reference_page,
 )
+from portmanteau.compositions.recipe import text as recipe_text
 from portmanteau.merge import describe
 from portmanteau.merge.execute import MEMORY, Limits
 from portmanteau.merge.output import check_file

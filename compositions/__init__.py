@@ -15,7 +15,7 @@ from .layer_swap import layer_swap
 from .lora import lora
 from .metric_command import measured_by
 from .overlap import Overlap, overlaps
-from .recipe import Recipe, load
+from .recipe.reading import Recipe, load
 from .revert_sparse import revert_sparse
 from .slices import Slice, slices
 from .sparse_fine_tune import Term, sparse_fine_tune

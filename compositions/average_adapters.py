@@ -8,9 +8,9 @@ from typing import Annotated
 from pydantic import Field
 
 from portmanteau.merge import Bottleneck, Composed, MergeError, Step
-from portmanteau.merge.adapter_folder import CONFIG
-from portmanteau.merge.bottleneck import LIBRARY, WEIGHTS
-from portmanteau.merge.bottleneck_config import differences
+from portmanteau.merge.adapters.bottleneck import LIBRARY, WEIGHTS
+from portmanteau.merge.adapters.bottleneck_config import differences
+from portmanteau.merge.adapters.folder import CONFIG
 from portmanteau.merge.companions import Companions
 from portmanteau.merge.errors import Mistake
 from portmanteau.merge.form import Form

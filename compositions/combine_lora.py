@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from portmanteau.merge import Adapter, Composed, MergeError, TensorSpec
-from portmanteau.merge.adapter import Module
-from portmanteau.merge.decomposition import OfMatrix, OfProducts, factors, side_by_side, zeros
+from portmanteau.merge.adapters.adapter import Module
+from portmanteau.merge.adapters.decomposition import OfMatrix, OfProducts, factors, side_by_side, zeros
+from portmanteau.merge.adapters.low_rank import low_rank
 from portmanteau.merge.dtypes import is_float, working
 from portmanteau.merge.errors import Mistake, nearest, some
-from portmanteau.merge.low_rank import low_rank
 from portmanteau.merge.names import Layers, align
 from portmanteau.merge.node import Inputs, Made, Node, Step
 from portmanteau.merge.registry import find, operators

@@ -20,11 +20,11 @@ from portmanteau.merge import (
 from portmanteau.merge.errors import Mistake
 
 from .composition import compositions
-from .lines import KeyPath
 from .lora import lora
 from .matching import different_vocabularies
-from .recipe import Body, Recipe
-from .reference import Reference, references, replaced
+from .recipe.lines import KeyPath
+from .recipe.reading import Body, Recipe
+from .recipe.reference import Reference, references, replaced
 from .tensorwise import tensorwise
 
 

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from portmanteau.merge import Checkpoint, Composed, MergeError, StoredCheckpoint, Survey, Surveyed, TensorSpec
+from portmanteau.merge.adapters.decomposition import Decomposition, OfMatrix, factors
 from portmanteau.merge.companions import INPUT_EMBEDDINGS, Companions
-from portmanteau.merge.decomposition import Decomposition, OfMatrix, factors
 from portmanteau.merge.dtypes import is_float, working
 from portmanteau.merge.errors import Mistake, some
 from portmanteau.merge.names import matches, module

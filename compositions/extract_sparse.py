@@ -9,15 +9,16 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from portmanteau.merge import Checkpoint, Composed, MergeError, StoredCheckpoint, Survey, Surveyed, sparse_file
+from portmanteau.merge import Checkpoint, Composed, MergeError, StoredCheckpoint, Survey, Surveyed
 from portmanteau.merge.companions import Companions
 from portmanteau.merge.dtypes import is_float
 from portmanteau.merge.errors import Mistake, some
-from portmanteau.merge.fingerprint import fingerprint
 from portmanteau.merge.names import matches
 from portmanteau.merge.node import Inputs, Node, copy_of
-from portmanteau.merge.selection import Selection, select
-from portmanteau.merge.sparse import selected
+from portmanteau.merge.sparse import file as sparse_file
+from portmanteau.merge.sparse.entries import selected
+from portmanteau.merge.sparse.fingerprint import fingerprint
+from portmanteau.merge.sparse.selection import Selection, select
 
 from .composition import composition
 from .matching import Met, match

@@ -22,8 +22,8 @@ from portmanteau.merge.output import check_file, check_place
 
 from .average import average
 from .compose import compose
-from .recipe import load
-from .reference import Reference
+from .recipe.reading import load
+from .recipe.reference import Reference
 
 Measure = Callable[[Path], float]
 

@@ -10,12 +10,12 @@ from typing import Annotated
 from pydantic import Field
 
 from portmanteau.merge import Adapter, Checkpoint, Composed, MergeError, Step, TensorSpec
-from portmanteau.merge.adapter import Module, adapter_of
-from portmanteau.merge.adapter_folder import CONFIG
+from portmanteau.merge.adapters.adapter import Module, adapter_of
+from portmanteau.merge.adapters.folder import CONFIG
+from portmanteau.merge.adapters.low_rank import low_rank, rescaled
 from portmanteau.merge.companions import INPUT_EMBEDDINGS
 from portmanteau.merge.dtypes import is_float, working
 from portmanteau.merge.errors import Mistake, some
-from portmanteau.merge.low_rank import low_rank, rescaled
 from portmanteau.merge.names import align, matches
 from portmanteau.merge.node import Inputs, Made, Node, copy_of
 from portmanteau.merge.registry import find

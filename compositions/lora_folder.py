@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from portmanteau.merge import Adapter, Composed
-from portmanteau.merge.adapter import PREFIX
-from portmanteau.merge.adapter_folder import CONFIG
+from portmanteau.merge.adapters.adapter import PREFIX
+from portmanteau.merge.adapters.folder import CONFIG
 from portmanteau.merge.companions import Companions
 from portmanteau.merge.errors import some
 from portmanteau.merge.form import Form

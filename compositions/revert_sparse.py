@@ -10,7 +10,7 @@ from pydantic import Field
 from portmanteau.merge import Checkpoint, Composed, MergeError, SparseFineTune
 from portmanteau.merge.errors import Mistake, some
 from portmanteau.merge.node import Node, copy_of
-from portmanteau.merge.sparse import restored
+from portmanteau.merge.sparse.entries import restored
 
 from .composition import composition
 from .matching import match

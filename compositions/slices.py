@@ -16,7 +16,7 @@ from portmanteau.merge.tensor_spec import TensorSpec
 
 from .composition import composition
 from .matching import HEADS, different_vocabularies, match
-from .operator_body import SliceBody
+from .recipe.operator_body import SliceBody
 from .restacked_config import Origin, restacked
 from .tensorwise import Job, Rule, base_label, check, refuse_packed
 

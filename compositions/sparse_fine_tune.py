@@ -11,11 +11,11 @@ from pydantic import Field
 from portmanteau.merge import Checkpoint, Composed, MergeError, SparseFineTune, Step, StoredCheckpoint
 from portmanteau.merge.dtypes import is_float, working
 from portmanteau.merge.errors import Mistake, some
-from portmanteau.merge.fingerprint import fingerprint
 from portmanteau.merge.names import align
 from portmanteau.merge.node import Inputs, Made, Node, copy_of
 from portmanteau.merge.registry import find
-from portmanteau.merge.sparse import scattered
+from portmanteau.merge.sparse.entries import scattered
+from portmanteau.merge.sparse.fingerprint import fingerprint
 from portmanteau.merge.tensor_spec import TensorSpec
 
 from .composition import composition

@@ -9,8 +9,8 @@ from typing import Annotated
 from pydantic import Field
 
 from portmanteau.merge import Bottleneck, Composed, MergeError
-from portmanteau.merge.adapter_folder import CONFIG
-from portmanteau.merge.bottleneck import LIBRARY, SETUP, VERSION, WEIGHTS
+from portmanteau.merge.adapters.bottleneck import LIBRARY, SETUP, VERSION, WEIGHTS
+from portmanteau.merge.adapters.folder import CONFIG
 from portmanteau.merge.companions import Companions
 from portmanteau.merge.errors import Mistake
 from portmanteau.merge.form import Form

@@ -1,8 +1,8 @@
 """How tensors are merged and where their bytes are: checkpoints, operators, plans, and the writing of results."""
 
 from . import operators
-from .adapter import Adapter, open_adapter
-from .bottleneck import Bottleneck, open_bottleneck
+from .adapters.adapter import Adapter, open_adapter
+from .adapters.bottleneck import Bottleneck, open_bottleneck
 from .checkpoint import Checkpoint
 from .composed import Composed
 from .errors import CheckpointError, MergeError, OutputError, PortmanteauError, RecipeError
@@ -12,7 +12,7 @@ from .node import Source, Step, Survey
 from .operator import Operator, operator
 from .plan import Plan, make_plan
 from .receipt import Receipt
-from .sparse_file import SparseFineTune, open_sparse
+from .sparse.file import SparseFineTune, open_sparse
 from .stored import StoredCheckpoint, open
 from .surveyed import Surveyed
 from .tensor_spec import TensorSpec

@@ -19,12 +19,12 @@ from .checkpoint import Checkpoint
 from .dtypes import parse
 from .errors import OutputError
 from .evaluate import GRID, LARGEST_PART, Evaluation, Session, conduct
+from .files.storage import BLOCK
 from .kernels import one_thread
 from .node import Inputs, Made, Node, Source, Step, Survey
 from .output import check_place, published
 from .plan import Plan, make_plan
 from .receipt import Done, Receipt, make_receipt
-from .storage import BLOCK
 from .units import readable
 from .writer import Writer
 

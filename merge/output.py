@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import OutputError
+from .files.storage import sync_folder
 from .receipt import RECEIPT
-from .storage import sync_folder
 from .units import readable
 
 _SLACK = 64 << 20  # room for companions and for what the file system keeps for itself

@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from . import hub
 from .checkpoint import Checkpoint
 from .companions import Companions, gather, read_json
 from .dtypes import torch_shape
 from .errors import CheckpointError, Mistake, nearest, some
+from .files import hub
+from .files.safetensors_file import SafetensorsFile
+from .files.torch_file import TorchFile
 from .node import Source
-from .safetensors_file import SafetensorsFile
 from .tensor_spec import TensorSpec
-from .torch_file import TorchFile
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 from .dtypes import DTYPES
+from .files.storage import PositionalFile, sync_folder
 from .form import MODEL, Form
-from .storage import PositionalFile, sync_folder
 from .tensor_spec import TensorSpec
 
 INDEX = "model.safetensors.index.json"

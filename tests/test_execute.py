@@ -24,7 +24,7 @@ from torch import Tensor
 from portmanteau import merge
 from portmanteau.compositions import tensorwise
 from portmanteau.merge import Checkpoint, Composed, MergeError, OutputError, Progress, Step, TensorSpec
-from portmanteau.merge.decomposition import Factors, OfMatrix, factors
+from portmanteau.merge.adapters.decomposition import Factors, OfMatrix, factors
 from portmanteau.merge.execute import Limits
 from portmanteau.merge.node import Made, Read
 from portmanteau.merge.registry import find

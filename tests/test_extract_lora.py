@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from portmanteau import compositions, merge
-from portmanteau.merge.decomposition import EXACT_UP_TO, OfMatrix
+from portmanteau.merge.adapters.decomposition import EXACT_UP_TO, OfMatrix
 from tests.conftest import SaveLlama
 from tests.test_combine_lora import assert_near, deltas, opened
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from portmanteau.compositions.mergekit_methods import METHODS
+from portmanteau.compositions.mergekit.methods import METHODS
 from portmanteau.merge import operators
 from portmanteau.merge.registry import find
 

@@ -25,8 +25,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from portmanteau import merge
-from portmanteau.compositions import compose, load, recipe_text
-from portmanteau.compositions.mergekit_methods import METHODS
+from portmanteau.compositions import compose, load
+from portmanteau.compositions.mergekit.methods import METHODS
+from portmanteau.compositions.recipe import text as recipe_text
 
 with warnings.catch_warnings():
     # mergekit.io.lazy_unpickle names numpy.core, which NumPy 2 calls numpy._core

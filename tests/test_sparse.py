@@ -21,7 +21,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from portmanteau import compositions, merge
-from portmanteau.merge import CheckpointError, MergeError, RecipeError, pytorch_diff, selection, sparse_file
+from portmanteau.merge import CheckpointError, MergeError, RecipeError
+from portmanteau.merge.sparse import file as sparse_file
+from portmanteau.merge.sparse import pytorch_diff, selection
+from portmanteau.merge.sparse.fingerprint import fingerprint
 from tests.conftest import SaveLlama
 
 SaveTensors = Callable[[str, Mapping[str, Tensor]], Path]
@@ -95,7 +98,7 @@ def equal_bytes(one: Path, other: Path) -> bool:
 def a_diff(base: Path, label: str = "sft", **chosen: Any) -> merge.SparseFineTune:
     """A sparse fine-tune of two entries of the norm, made for the base."""
     sparse = {"norm.weight": (torch.tensor([2, 29]), torch.tensor([0.5, -1.0]))}
-    mark = merge.fingerprint.fingerprint(merge.open(base))
+    mark = fingerprint(merge.open(base))
     return sparse_file.in_memory(label, **{"sparse": sparse, "shapes": {"norm.weight": (30,)}, "base": mark, **chosen})
 
 
@@ -257,7 +260,7 @@ def test_another_base_is_refused_by_its_fingerprint_before_any_work(pair: tuple[
 
 def test_a_fingerprint_knows_the_tensors_and_not_their_files(save_llama: SaveLlama) -> None:
     prints = {
-        name: merge.fingerprint.fingerprint(merge.open(save_llama(name, **chosen)))
+        name: fingerprint(merge.open(save_llama(name, **chosen)))
         for name, chosen in {
             "whole": {},
             "shards": {"shard": "5KB"},
@@ -405,7 +408,7 @@ def test_both_files_of_one_extraction_say_the_same(pair: tuple[Path, Path], tmp_
     assert ours.shapes == published.shapes
     with safe_open(tmp_path / "sft" / "sparse_fine_tune.safetensors", "pt") as file:
         about = file.metadata()
-    assert about["base"] == merge.fingerprint.fingerprint(merge.open(pair[0]))
+    assert about["base"] == fingerprint(merge.open(pair[0]))
     assert (about["selected"], about["kind"]) == ("500", "sparse_fine_tune")
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from portmanteau import merge
 from portmanteau.compositions import tensorwise
-from portmanteau.merge.storage import PositionalFile, sync_folder
+from portmanteau.merge.files.storage import PositionalFile, sync_folder
 
 OPTIONAL = ("preadv", "pwrite", "posix_fallocate")
 

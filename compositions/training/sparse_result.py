@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from portmanteau.merge import Checkpoint, MergeError, StoredCheckpoint, build
 from portmanteau.merge.errors import Mistake
-from portmanteau.merge.fingerprint import fingerprint
 from portmanteau.merge.names import align
-from portmanteau.merge.sparse_file import in_memory
+from portmanteau.merge.sparse.file import in_memory
+from portmanteau.merge.sparse.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import hub
-from .errors import CheckpointError, nearest
+from ..errors import CheckpointError, nearest
+from ..files import hub
 
 CONFIG = "adapter_config.json"  # both peft and adapters call it so
 

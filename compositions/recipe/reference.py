@@ -25,7 +25,7 @@ from portmanteau.merge import (
     open_sparse,
 )
 from portmanteau.merge import open as open_checkpoint
-from portmanteau.merge.hub import is_hub_id
+from portmanteau.merge.files.hub import is_hub_id
 
 from .lines import KeyPath
 

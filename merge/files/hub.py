@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from .companions import is_companion, read_json
-from .errors import CheckpointError
+from ..companions import is_companion, read_json
+from ..errors import CheckpointError
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?|[A-Za-z0-9][\w.-]*@[\w./-]+")
 Kinds = tuple[tuple[str, str], ...]  # names of weight files: whole, and the index of shards; the best first

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, create
 
 from portmanteau.merge.errors import nearest
 
-from .composition import compositions
+from ..composition import compositions
 from .lines import Document, KeyPath
 from .reference import as_reference
 

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import hub
-from .adapter_folder import CONFIG, locate
-from .checkpoint import Checkpoint
-from .companions import gather, read_json
-from .errors import CheckpointError, Mistake
-from .stored import StoredCheckpoint, open
+from ..checkpoint import Checkpoint
+from ..companions import gather, read_json
+from ..errors import CheckpointError, Mistake
+from ..files import hub
+from ..stored import StoredCheckpoint, open
+from .folder import CONFIG, locate
 
 PREFIX = "base_model.model."
 _READ = {"peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "fan_in_fan_out"}

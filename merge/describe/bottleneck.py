@@ -7,12 +7,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .adapter_folder import CONFIG
-from .bottleneck import SETUP, Bottleneck, module_of, open_bottleneck
-from .companions import read_json
-from .describe_tensors import described, group
-from .errors import CheckpointError
-from .tensor_spec import TensorSpec
+from ..adapters.bottleneck import SETUP, Bottleneck, module_of, open_bottleneck
+from ..adapters.folder import CONFIG
+from ..companions import read_json
+from ..errors import CheckpointError
+from ..tensor_spec import TensorSpec
+from .tensors import described, group
 
 _LAYER = re.compile(r"\.(\d+)(?=\.|$)")
 _OUTSIDE = -1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import blake3
 
-from .stored import StoredCheckpoint
+from ..stored import StoredCheckpoint
 
 _SAMPLES = 16  # runs in each tensor, evenly spread: even a change of 1 % of its entries meets some of them
 _RUN = 256  # bytes in a run

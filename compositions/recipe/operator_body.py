@@ -10,9 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from portmanteau.merge.errors import nearest
 from portmanteau.merge.registry import find, operators
 
+from ..tensorwise import Rule, base_label, check
 from .lines import Document, KeyPath
 from .reference import Reference
-from .tensorwise import Rule, base_label, check
 
 Finding = tuple[KeyPath, str, str]  # where, what, hint
 Models = dict[str, Any] | list[Reference]  # name → nothing, its weight, or settings of its own

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import blake3
 from safetensors import SafetensorError, safe_open
 
-from .dtypes import DTYPES, byte_size, torch_dtype
-from .errors import CheckpointError, nearest
+from ..dtypes import DTYPES, byte_size, torch_dtype
+from ..errors import CheckpointError, nearest
+from ..tensor_spec import TensorSpec
 from .storage import PositionalFile
-from .tensor_spec import TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -15,13 +15,13 @@ from portmanteau.merge.errors import Mistake, nearest
 from portmanteau.merge.registry import operators
 from portmanteau.merge.units import byte_count
 
-from .composition import compositions
+from ..composition import compositions
+from ..mergekit.document import is_mergekit, translated
+from ..slices import Slice
 from .lines import Document, KeyPath, read
-from .mergekit import is_mergekit, translated
 from .operator_body import Finding, OperatorBody, SliceBody, each_slice, operator_arguments
 from .reference import Reference, references
 from .schema import schema_of, validated
-from .slices import Slice
 
 _KEYS = ("models", "steps", "merge", "output")
 

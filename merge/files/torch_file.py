@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import blake3
 
-from .dtypes import byte_size, from_torch, is_known
-from .errors import CheckpointError
-from .tensor_spec import TensorSpec
+from ..dtypes import byte_size, from_torch, is_known
+from ..errors import CheckpointError
+from ..tensor_spec import TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,9 +9,9 @@ from typing import Any
 from portmanteau.merge.errors import nearest
 from portmanteau.merge.registry import operators
 
-from .lined import Lined, plain
-from .lines import KeyPath
-from .mergekit_methods import Method
+from ..recipe.lined import Lined, plain
+from ..recipe.lines import KeyPath
+from .methods import Method
 
 Wrong = Callable[..., None]  # of (path, what, hint)
 _CONDITION = ("value", "filter")

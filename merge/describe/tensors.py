@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .tensor_spec import TensorSpec
+from ..tensor_spec import TensorSpec
 
 OUTSIDE = "outside the layers"
 

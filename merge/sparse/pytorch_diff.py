@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .dtypes import is_known
-from .errors import CheckpointError, Mistake
+from ..dtypes import is_known
+from ..errors import CheckpointError, Mistake
 
 if TYPE_CHECKING:
     from torch import Tensor

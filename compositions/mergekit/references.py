@@ -9,8 +9,8 @@ from typing import Any
 
 from portmanteau.merge.errors import nearest
 
-from .lined import Lined
-from .lines import KeyPath
+from ..recipe.lined import Lined
+from ..recipe.lines import KeyPath
 
 Wrong = Callable[..., None]  # of (path, what, hint), and whether the recipe is broken by it
 Stored = tuple[str, str | None]  # path or Hub id, and revision

@@ -8,10 +8,10 @@ from typing import Any
 
 from portmanteau.merge.errors import Mistake, nearest
 
-from .lined import Lined, document_of
-from .lines import Document, KeyPath
-from .mergekit_merge import LATER, Merge
-from .mergekit_references import References
+from ..recipe.lined import Lined, document_of
+from ..recipe.lines import Document, KeyPath
+from .merge import LATER, Merge
+from .references import References
 
 
 def is_mergekit(document: Document) -> bool:

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import hub
-from .adapter_folder import CONFIG, locate
+from ..companions import Companions, read_json
+from ..composed import Composed
+from ..errors import CheckpointError, Mistake, some
+from ..files import hub
+from ..form import Form
+from ..stored import StoredCheckpoint, open
 from .bottleneck_config import current, is_invertible, refusals, width
-from .companions import Companions, read_json
-from .composed import Composed
-from .errors import CheckpointError, Mistake, some
-from .form import Form
-from .stored import StoredCheckpoint, open
+from .folder import CONFIG, locate
 
 VERSION = "adapters.1.3.0"  # of the format; it tells adapters that nothing is to be converted
 WEIGHTS = "adapter.safetensors"

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from .dtypes import torch_dtype
-from .errors import MergeError
-from .kernels import total
-from .node import Made, Node, Read
-from .tensor_spec import TensorSpec
+from ..dtypes import torch_dtype
+from ..errors import MergeError
+from ..kernels import total
+from ..node import Made, Node, Read
+from ..tensor_spec import TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Literal
 
-from .dtypes import torch_dtype
-from .errors import CheckpointError
-from .evaluate import GRID
-from .node import Made, Node, Read
+from ..dtypes import torch_dtype
+from ..errors import CheckpointError
+from ..evaluate import GRID
+from ..node import Made, Node, Read
+from ..tensor_spec import TensorSpec
 from .selection import chosen
-from .tensor_spec import TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor

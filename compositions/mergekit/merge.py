@@ -7,11 +7,11 @@ from typing import Any
 
 from portmanteau.merge.errors import nearest
 
-from .lined import Lined, plain
-from .lines import KeyPath
-from .mergekit_methods import METHODS, Method
-from .mergekit_parameters import Level, Parameters
-from .mergekit_references import References
+from ..recipe.lined import Lined, plain
+from ..recipe.lines import KeyPath
+from .methods import METHODS, Method
+from .parameters import Level, Parameters
+from .references import References
 
 LATER = "not supported yet"
 Wrong = Callable[..., None]  # of (path, what, hint)

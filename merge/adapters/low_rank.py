@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .dtypes import torch_dtype
-from .evaluate import GRID
-from .node import Made, Node, Read
-from .tensor_spec import TensorSpec
+from ..dtypes import torch_dtype
+from ..evaluate import GRID
+from ..node import Made, Node, Read
+from ..tensor_spec import TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .errors import MergeError
-from .evaluate import GRID
-from .kernels import largest
-from .operator import Parts, mapped
+from ..errors import MergeError
+from ..evaluate import GRID
+from ..kernels import largest
+from ..operator import Parts, mapped
 
 if TYPE_CHECKING:
     from torch import Tensor

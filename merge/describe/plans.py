@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from .checkpoint import Checkpoint
-from .describe_bottleneck import adapters, is_bottleneck
-from .describe_sparse import is_sparse, sparse_fine_tune
-from .describe_tensors import OUTSIDE, described, group
-from .names import Stack
-from .plan import Plan
-from .receipt import choices
-from .stored import open
-from .tensor_spec import TensorSpec
+from ..checkpoint import Checkpoint
+from ..names import Stack
+from ..plan import Plan
+from ..receipt import choices
+from ..stored import open
+from ..tensor_spec import TensorSpec
+from .bottleneck import adapters, is_bottleneck
+from .sparse import is_sparse, sparse_fine_tune
+from .tensors import OUTSIDE, described, group
 
 
 def plan(made: Plan, bytes_in_flight: int) -> dict[str, Any]:

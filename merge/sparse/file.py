@@ -18,15 +18,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from . import hub, pytorch_diff
-from .checkpoint import Checkpoint
-from .companions import Companions
-from .dtypes import is_float
-from .errors import CheckpointError, Mistake, nearest
-from .form import Form
-from .in_memory import InMemory
-from .node import Source
-from .stored import StoredCheckpoint, open
+from ..checkpoint import Checkpoint
+from ..companions import Companions
+from ..dtypes import is_float
+from ..errors import CheckpointError, Mistake, nearest
+from ..files import hub
+from ..form import Form
+from ..in_memory import InMemory
+from ..node import Source
+from ..stored import StoredCheckpoint, open
+from . import pytorch_diff
 
 WEIGHTS = "sparse_fine_tune.safetensors"
 PUBLISHED = pytorch_diff.WEIGHTS

@@ -6,9 +6,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from .describe_tensors import OUTSIDE, described, group
-from .names import Layers, Stack
-from .sparse_file import DENSE, INDICES, PUBLISHED, VALUES, WEIGHTS, SparseFineTune, open_sparse
+from ..names import Layers, Stack
+from ..sparse.file import DENSE, INDICES, PUBLISHED, VALUES, WEIGHTS, SparseFineTune, open_sparse
+from .tensors import OUTSIDE, described, group
 
 
 def is_sparse(reference: str | Path) -> bool:
