@@ -89,8 +89,8 @@ class Evaluation:
     def _applied(self, step: Step, span: slice) -> Tensor:
         """Carry out one step on a run of entries."""
         operator = step.operator
-        settings = self._resolved(step.settings)
-        streams = tuple(_stream(step.output.name, label) for label in step.labels)
+        settings = resolved(step.settings, self._session)
+        streams = tuple(stream(step.output.name, label) for label in step.labels)
         try:
             measured = self._measure(step, settings, streams)
             run = whole_rows(span, step.output.shape) if operator.rows else span
@@ -98,7 +98,7 @@ class Evaluation:
             part = Part(run.start, step.output.shape, streams, measured)
             result = operator.apply(*self._roles(step, tensors), **settings, part=part)
         except PortmanteauError as error:
-            raise _located(error, step) from error
+            raise located(error, step) from error
         result = result + tensors[-1] if step.on_deltas else result
         return result[span.start - run.start : span.stop - run.start]
 
@@ -163,9 +163,11 @@ class Evaluation:
             row.copy_(self.value(node, span))
         return stack
 
-    def _resolved(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        found = self._session.found
-        return {k: found[v.survey][v.key] if isinstance(v, Finding) else v for k, v in settings.items()}
+
+def resolved(settings: Mapping[str, Any], session: Session) -> dict[str, Any]:
+    """Put what surveys found in the place of findings."""
+    found = session.found
+    return {k: found[v.survey][v.key] if isinstance(v, Finding) else v for k, v in settings.items()}
 
 
 def conduct(survey: Survey, session: Session) -> Any:
@@ -210,12 +212,12 @@ def rows_beginning_in(spans: Iterable[slice], shape: tuple[int, ...]) -> Iterato
             yield slice(start, end)
 
 
-def _stream(tensor: str, label: str) -> int:
+def stream(tensor: str, label: str) -> int:
     """Give the number of the random stream of one model in one tensor."""
     return int.from_bytes(hashlib.blake2b(f"{tensor}\0{label}".encode(), digest_size=8).digest(), "little")
 
 
-def _located(error: PortmanteauError, step: Step) -> PortmanteauError:
+def located(error: PortmanteauError, step: Step) -> PortmanteauError:
     """Say at which tensor, and by which line of the recipe, an operator refused."""
     if error.mistakes[0].where:
         return error

@@ -34,6 +34,8 @@ from .errors import MergeError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .compiled.forms import Form
+
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -185,6 +187,7 @@ class Operator:
     refuse: Callable[..., str] | None
     rows: bool
     holds: int
+    compiled: Callable[..., Form | None] | None
 
     @property
     def needs_base(self) -> bool:
@@ -235,6 +238,7 @@ def operator(
     refuse: Callable[..., str] | None = None,
     rows: bool = False,
     holds: int = 0,
+    compiled: Callable[..., Form | None] | None = None,
 ) -> Callable[[F], F]:
     """Register a function as the operator of its name, and hand it back unchanged.
 
@@ -246,6 +250,7 @@ def operator(
         refuse: function of (count, **settings) that says why they cannot be meant; it is asked while planning.
         rows: whether an entry's result depends on its whole row (the last dimension; all of a vector).
         holds: how many matrices of the tensor's size it holds in memory, where it needs all of it at once.
+        compiled: function of (count, **settings) that says the same to the compiled library; None where it cannot.
 
     """
 
@@ -254,7 +259,8 @@ def operator(
         kept = frozenset(laws)
         assert kept <= LAWS.keys(), f"unknown laws: {kept - LAWS.keys()}"
         name = function.__name__
-        REGISTRY[name] = Operator(name, function, *found, source, kept, measure, takes, refuse, rows, holds)
+        declared = (source, kept, measure, takes, refuse, rows, holds, compiled)
+        REGISTRY[name] = Operator(name, function, *found, *declared)
         return function
 
     return register
@@ -296,5 +302,10 @@ def each(value: PerModel[T], count: int) -> tuple[T, ...]:
 
 def call(function: Callable[..., T], *arguments: Any, **settings: Any) -> T:
     """Call a function with those of the settings that it names."""
-    named = inspect.signature(function).parameters
+    named = _named(function)
     return function(*arguments, **{key: value for key, value in settings.items() if key in named})
+
+
+@cache
+def _named(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)

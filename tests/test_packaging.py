@@ -30,31 +30,23 @@ SET_UP = (
     'pip install -c constraints.txt ".[test]" && pytest',
 )
 LAYERS = (  # a file imports only from layers above its own
-    (
-        "merge.files",
-        "merge.adapters",
-        "merge.sparse",
-        "compositions.mergekit",
-        "compositions.recipe",
-    ),  # say what they are
+    ("merge.files", "merge.adapters", "merge.sparse", "merge.compiled"),  # packages that only say what they are
+    ("compositions.mergekit", "compositions.recipe"),
+    ("merge.compiled.build_hook", "merge.compiled.library"),
     ("merge.errors", "merge.form", "merge.names", "merge.kernels", "merge.files.storage", "merge.units"),
     ("merge.dtypes", "merge.operator", "merge.adapters.bottleneck_config"),
-    ("merge.tensor_spec", "merge.sparse.pytorch_diff", "merge.surveys", "merge.changes", "merge.operators.linear"),
-    ("merge.thinning", "merge.inner_products", "merge.describe.tensors"),
+    ("merge.tensor_spec", "merge.sparse.pytorch_diff", "merge.surveys", "merge.changes", "merge.inner_products"),
+    ("merge.thinning", "merge.compiled.forms", "merge.describe.tensors"),
+    ("merge.operators.linear",),
     ("merge.companions", "merge.files.safetensors_file", "merge.files.torch_file", "merge.writer", "merge.operators.*"),
     ("merge.operators", "merge.files.hub"),
     ("merge.registry", "merge.adapters.folder"),
     ("merge.node",),
     ("merge.checkpoint", "merge.evaluate"),
+    ("merge.compiled.making", "merge.byte_copies"),
     ("merge.stored", "merge.composed", "merge.in_memory", "merge.sparse.selection"),
-    (
-        "merge.adapters.adapter",
-        "merge.adapters.bottleneck",
-        "merge.sparse.fingerprint",
-        "merge.sparse.entries",
-        "merge.sparse.file",
-        "merge.surveyed",
-    ),
+    ("merge.adapters.adapter", "merge.adapters.bottleneck", "merge.surveyed"),
+    ("merge.sparse.fingerprint", "merge.sparse.entries", "merge.sparse.file"),
     ("merge.plan",),
     ("merge.adapters.low_rank", "merge.adapters.decomposition"),
     ("merge.receipt", "merge.describe.bottleneck", "merge.describe.sparse"),
@@ -365,9 +357,10 @@ def test_the_wheel_holds_the_package_and_nothing_else(built: Path) -> None:
     (wheel,) = built.glob("*.whl")
     shipped = {f"portmanteau/{path.relative_to(ROOT).as_posix()}" for path in SHIPPED}
     typed = {"portmanteau/merge/py.typed", "portmanteau/compositions/py.typed"}
+    compiled = {"portmanteau/merge/compiled/kernels.c", "portmanteau/merge/compiled/_kernels.so"}
     about = {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE"}
     version = wheel.name.split("-")[1]
-    assert contents(wheel) == shipped | typed | {f"portmanteau-{version}.dist-info/{name}" for name in about}
+    assert contents(wheel) == shipped | typed | compiled | {f"portmanteau-{version}.dist-info/{name}" for name in about}
 
 
 @pytest.mark.wheel

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
+from ..compiled.forms import Thin, ThinnedSum
 from ..kernels import keep_at_random
 from ..operator import WHOLE, Part, Parts, PerModel, each, operator
 from ..thinning import Divide, Elect, Rescale, Scale, Seed, Weight, add_up, cancelling, l1_factors
@@ -27,11 +28,29 @@ def keep_factors(
     return l1_factors(parts, lambda values, i, start: keep_at_random(values, densities[i], seed, drawn[i], start))
 
 
+def compiled(
+    *,
+    count: int,
+    weight: PerModel[float],
+    density: PerModel[float],
+    rescale: str,
+    elect: str,
+    divide: str,
+    scale: float,
+    seed: int,
+) -> ThinnedSum:
+    """Say it to the compiled library."""
+    factors = {"l1": lambda share: None, "density": lambda share: 1 / share, "none": lambda share: 1.0}
+    thin = (Thin(share=share, factor=factors[rescale](share)) for share in each(density, count))
+    return ThinnedSum(tuple(thin), each(weight, count), elect, divide, scale, seed)
+
+
 @operator(
     source="Yu et al. 2024 (arXiv 2311.03099), section 3; `elect` as mergekit 0.1.5 `dare_ties`, `rescale: l1` as both",
     laws=("permutation", "base", "scaling"),
     measure=keep_factors,
     refuse=cancelling,
+    compiled=compiled,
 )
 def dare(
     deltas: Tensor,
