@@ -259,8 +259,7 @@ def operator(
         kept = frozenset(laws)
         assert kept <= LAWS.keys(), f"unknown laws: {kept - LAWS.keys()}"
         name = function.__name__
-        declared = (source, kept, measure, takes, refuse, rows, holds, compiled)
-        REGISTRY[name] = Operator(name, function, *found, *declared)
+        REGISTRY[name] = Operator(name, function, *found, source, kept, measure, takes, refuse, rows, holds, compiled)
         return function
 
     return register

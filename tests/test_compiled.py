@@ -15,7 +15,7 @@ from torch import Tensor
 
 from portmanteau import merge
 from portmanteau.merge import TensorSpec
-from portmanteau.merge.compiled import library, making
+from portmanteau.merge.compiled import library, making, measures
 from portmanteau.merge.dtypes import torch_dtype
 from portmanteau.merge.evaluate import Evaluation, Session
 from portmanteau.merge.kernels import one_thread
@@ -112,6 +112,25 @@ def test_the_compiled_form_gives_the_bits_of_the_definition(name: str, seed: int
     expected = by_torch(step)
     assert compiled(step, part=1 << 18) == expected
     assert compiled(step, part=1 << 16, keep=0) == expected
+
+
+@pytest.mark.parametrize("room", [1 << 22, 1 << 10])
+@pytest.mark.parametrize("density", [0.0001, 0.2, 0.9])
+def test_a_boundary_is_found_wherever_the_first_look_expects_it(
+    density: float, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first look sees one row of 4096 in sixteen: here these are larger than all others, and all others equal."""
+    monkeypatch.setattr(measures, "_ROOM", room)
+    delta = torch.full((200, 4096), 0.5)
+    delta[::16] = torch.linspace(1.0, 2.0, 4096)
+    delta[1::2].neg_()
+    memory = merge.InMemory("memory", {"base": torch.zeros(200 * 4096), "model": delta.flatten()})
+    settings = {name: setting.default for name, setting in find("ties").settings.items()} | {"density": density}
+    spec, inputs = TensorSpec("tensor", "F32", (200 * 4096,)), Inputs((memory.node("model"),), memory.node("base"))
+    step = Step(spec, find("ties"), settings, inputs, ("model",))
+    made = torch.frombuffer(bytearray(compiled(step)), dtype=torch.float32)
+    assert int((made != 0).sum()) == int(density * 200 * 4096)
+    assert compiled(step) == compiled(step, part=1 << 16, keep=0) == by_torch(step)
 
 
 def test_steps_inside_steps_are_made_in_fp32_and_cast_once() -> None:

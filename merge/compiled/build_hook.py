@@ -34,7 +34,7 @@ def compiled() -> bool:
     return LIBRARY.is_file()
 
 
-class KernelsHook(BuildHookInterface):  # type: ignore[misc]
+class KernelsHook(BuildHookInterface[Any]):
     """Puts the library into wheels, and beside its source for editable installs."""
 
     PLUGIN_NAME = "custom"

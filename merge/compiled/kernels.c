@@ -197,18 +197,19 @@ API WIDE void inner_products(
     }
 }
 
-/* ---- the boundary of the k largest magnitudes: a radix selection over the bits of |delta|, 16 at a time */
+/* ---- the boundary of the k largest magnitudes, by the bits of |delta|: those of positive floats order as the floats do */
 
 #define LANES 4 /* histograms side by side: equal digits that follow each other need not wait */
 
-/* Count, for one model, the higher digit of every magnitude; or the lower one of those whose higher one is `high`. */
+/* Count, in one row of so many, the higher 16 bits of every magnitude; or the lower ones, of those whose higher bits are
+   `high`. */
 API WIDE void count_digits(
-    size_t entries, tensor input, tensor base, int64_t high /* -1: count the higher digits */,
-    uint32_t *restrict lanes /* [LANES][1 << 16], zero before */
+    size_t entries, tensor input, tensor base, size_t every, int64_t high /* -1: count the higher ones */,
+    uint32_t *restrict lanes /* [LANES][1 << 16] */
 ) {
     float one[ROW], below[ROW];
     uint32_t bits[ROW];
-    for (size_t start = 0; start < entries; start += ROW) {
+    for (size_t start = 0; start < entries; start += ROW * every) {
         size_t count = block_at(start, entries);
         if (base.data) load(below, base.data, base.dtype, start, count);
         load_vector(one, input, base.data ? below : NULL, start, count);
@@ -216,19 +217,18 @@ API WIDE void count_digits(
         if (high < 0) {
             for (size_t i = 0; i < count; i++) lanes[((i % LANES) << 16) | bits[i] >> 16]++;
         } else {
-            uint32_t wanted = (uint32_t)high;
             size_t found = 0;
             for (size_t i = 0; i < count; i++) { /* without a branch that would be mispredicted */
                 uint32_t now = bits[i];
                 bits[found] = now & 0xffffu;
-                found += now >> 16 == wanted;
+                found += now >> 16 == (uint32_t)high;
             }
             for (size_t i = 0; i < found; i++) lanes[((i % LANES) << 16) | bits[i]]++;
         }
     }
 }
 
-/* Find the digit in whose bin the wanted-th largest lies: found = {digit, how many lie above it, how many in it}. */
+/* Find the bin of the wanted-th largest: found = {its digit, how many lie above it, how many in it}. */
 API void find_digit(const uint32_t *lanes, int64_t wanted, int64_t found[3]) {
     int64_t above = 0;
     for (int64_t digit = (1 << 16) - 1; digit >= 0; digit--) {
@@ -240,6 +240,52 @@ API void find_digit(const uint32_t *lanes, int64_t wanted, int64_t found[3]) {
         }
         above += here;
     }
+}
+
+/* Keep the bits of the magnitudes in [low, high), and add up how many are above; gives how many were kept, -1 where they
+   are more than there is room for. */
+API WIDE int64_t sift(
+    size_t entries, tensor input, tensor base, uint32_t low, uint32_t high, uint32_t *kept, size_t room, int64_t *above
+) {
+    float one[ROW], below[ROW];
+    uint32_t bits[ROW];
+    size_t total = 0;
+    int64_t larger = 0;
+    for (size_t start = 0; start < entries; start += ROW) {
+        size_t count = block_at(start, entries), found = 0;
+        if (base.data) load(below, base.data, base.dtype, start, count);
+        load_vector(one, input, base.data ? below : NULL, start, count);
+        uint32_t here = 0;
+        for (size_t i = 0; i < count; i++) {
+            bits[i] = bits_of(one[i]) & 0x7fffffffu;
+            here += bits[i] >= high;
+        }
+        larger += here;
+        for (size_t i = 0; i < count; i++) { /* without a branch that would be mispredicted */
+            uint32_t now = bits[i];
+            bits[found] = now;
+            found += now - low < high - low;
+        }
+        if (total + found > room) return -1;
+        memcpy(kept + total, bits, found * sizeof *kept);
+        total += found;
+    }
+    *above += larger;
+    return (int64_t)total;
+}
+
+/* Find the wanted-th largest of these bits: found = {it, how many are larger, how many are equal}. */
+API void find_among(const uint32_t *bits, size_t count, int64_t wanted, uint32_t *lanes, int64_t found[3]) {
+    int64_t higher[3];
+    memset(lanes, 0, (LANES << 16) * sizeof *lanes);
+    for (size_t i = 0; i < count; i++) lanes[((i % LANES) << 16) | bits[i] >> 16]++;
+    find_digit(lanes, wanted, higher);
+    memset(lanes, 0, (LANES << 16) * sizeof *lanes);
+    for (size_t i = 0; i < count; i++)
+        if (bits[i] >> 16 == (uint32_t)higher[0]) lanes[((i % LANES) << 16) | (bits[i] & 0xffffu)]++;
+    find_digit(lanes, wanted - higher[1], found);
+    found[0] |= higher[0] << 16;
+    found[1] += higher[1];
 }
 
 /* The position of the ordinal-th entry (from 1) of exactly this magnitude; -(how many there are) - 1 where there are fewer. */

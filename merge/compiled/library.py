@@ -51,8 +51,10 @@ _SIGNATURES: dict[str, tuple[Any, Sequence[Any]]] = {
         (c_size_t, c_int, POINTER(Stored), _Floats, Stored, c_float, c_float, c_void_p, c_int),
     ),
     "inner_products": (None, (c_size_t, c_int, POINTER(Stored), Stored, _Floats, _Doubles)),
-    "count_digits": (None, (c_size_t, Stored, Stored, c_int64, POINTER(c_uint32))),
+    "count_digits": (None, (c_size_t, Stored, Stored, c_size_t, c_int64, POINTER(c_uint32))),
     "find_digit": (None, (POINTER(c_uint32), c_int64, POINTER(c_int64))),
+    "sift": (c_int64, (c_size_t, Stored, Stored, c_uint32, c_uint32, c_void_p, c_size_t, POINTER(c_int64))),
+    "find_among": (None, (c_void_p, c_size_t, c_int64, POINTER(c_uint32), POINTER(c_int64))),
     "find_equal": (c_int64, (c_size_t, Stored, Stored, c_float, c_int64)),
     "magnitudes": (None, (c_size_t, Stored, Stored, POINTER(Thinning), c_int64, _Doubles)),
     "thinned_sum": (
@@ -64,6 +66,13 @@ _SIGNATURES: dict[str, tuple[Any, Sequence[Any]]] = {
     ),
     "count_non_finite": (c_int64, (c_size_t, Stored)),
 }
+
+
+def functions() -> Any:
+    """Give the library's functions, where it is known to be there."""
+    found = library()
+    assert found is not None
+    return found
 
 
 @cache

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import mmap
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from ctypes import addressof, c_char
+from itertools import islice
 from typing import Any
 
 from ..dtypes import byte_size
@@ -13,8 +14,9 @@ from ..errors import PortmanteauError
 from ..evaluate import Session, located, resolved, stream
 from ..node import Node, Source, Step
 from ..operator import call
-from .forms import Form, Run
+from .forms import Form
 from .library import DTYPES, NO_TENSOR, Stored, library
+from .measures import Run
 
 _ALIGNMENT = 64
 _kept = threading.local()
@@ -90,7 +92,7 @@ class _Input:
         self._filled = 0  # entries that are there already, where all are held
         entries = node.output.entries
         self._own = byte_size(self._dtype, entries if held else min(session.part, entries))
-        self.size = self._own + _ALIGNMENT + (self._inner.size if self._inner else 0)
+        self.size: int = self._own + _ALIGNMENT + (self._inner.size if self._inner else 0)
 
     def settle(self, arena: _Arena) -> None:
         """Take the memory that is needed."""
@@ -119,13 +121,13 @@ class _Met:
         found = _form(step, session)
         assert found is not None
         self.entries = step.output.entries
-        self.streams = [stream(step.output.name, label) for label in step.labels] or range(len(step.inputs.models))
+        self.streams: Sequence[int] = [stream(step.output.name, label) for label in step.labels]
         self._step, self._session, self._form = step, session, found
         self._is_measured = False
         total = sum(byte_size(node.output.dtype, self.entries) for node in step.inputs)
-        held = found.revisits and total <= session.keep
-        self._models = [_Input(node, session, held) for node in step.inputs.models]
-        self._base = _Input(step.inputs.base, session, held) if step.inputs.base is not None else None
+        self._held = found.revisits and total <= session.keep
+        self._models = [_Input(node, session, self._held) for node in step.inputs.models]
+        self._base = _Input(step.inputs.base, session, self._held) if step.inputs.base is not None else None
         self._every = [*self._models, *([self._base] if self._base else [])]
         self.size = sum(one.size for one in self._every)
 
@@ -143,9 +145,9 @@ class _Met:
         except PortmanteauError as error:
             raise located(error, self._step) from error
 
-    def runs(self) -> Iterator[Run]:
-        """Read all inputs, run by run."""
-        return map(self._run, self._session.spans(self.entries))
+    def runs(self, every: int = 1) -> Iterator[Run]:
+        """Read all inputs, run by run; where they are not held, one run in so many."""
+        return map(self._run, islice(self._session.spans(self.entries), 0, None, 1 if self._held else every))
 
     def _run(self, span: slice) -> Run:
         models: Any = (Stored * len(self._models))(*(one.read(span) for one in self._models))

@@ -23,9 +23,13 @@ def keep_factors(
     """Find the factor of every model's kept entries: 1/density, or such that the sum of magnitudes stays."""
     densities = each(density, parts.models)
     if rescale != "l1":
-        return tuple(1 / share if rescale == "density" else 1.0 for share in densities)
+        return tuple(_plain_factor(share, rescale) for share in densities)
     drawn = streams or range(parts.models)
     return l1_factors(parts, lambda values, i, start: keep_at_random(values, densities[i], seed, drawn[i], start))
+
+
+def _plain_factor(share: float, rescale: str) -> float:
+    return 1 / share if rescale == "density" else 1.0
 
 
 def compiled(
@@ -40,8 +44,8 @@ def compiled(
     seed: int,
 ) -> ThinnedSum:
     """Say it to the compiled library."""
-    factors = {"l1": lambda share: None, "density": lambda share: 1 / share, "none": lambda share: 1.0}
-    thin = (Thin(share=share, factor=factors[rescale](share)) for share in each(density, count))
+    shares = each(density, count)
+    thin = (Thin(share=one, factor=None if rescale == "l1" else _plain_factor(one, rescale)) for one in shares)
     return ThinnedSum(tuple(thin), each(weight, count), elect, divide, scale, seed)
 
 
