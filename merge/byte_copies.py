@@ -39,7 +39,7 @@ def copied(step: Step) -> Iterator[memoryview]:
         for node in others:
             _read(node, other, at)
             if block != other:
-                raise located(MergeError("", "the models differ here", step.settings["reason"]), step)
+                raise located(MergeError("", "the models differ here", step.every_setting["reason"]), step)
         yield block
 
 

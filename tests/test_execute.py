@@ -234,7 +234,7 @@ def failing(merged: Composed, name: str, error: BaseException) -> Composed:
     nodes = {n: merged.node(n) for n in merged}
     step = nodes[name]
     assert isinstance(step, Step)
-    broken = replace(find("linear"), apply=fail)
+    broken = replace(find("linear"), apply=fail, compiled=None)
     return Composed("failing", {**nodes, name: replace(step, operator=broken, settings={})}, merged.companions)
 
 

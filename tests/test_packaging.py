@@ -358,7 +358,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(built: Path) -> None:
     (wheel,) = built.glob("*.whl")
     shipped = {f"portmanteau/{path.relative_to(ROOT).as_posix()}" for path in SHIPPED}
     typed = {"portmanteau/merge/py.typed", "portmanteau/compositions/py.typed"}
-    compiled = {"portmanteau/merge/compiled/kernels.c", "portmanteau/merge/compiled/_kernels.so"}
+    compiled = {"portmanteau/merge/compiled/kernels.c", "portmanteau/merge/compiled/kernels.native"}
     about = {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE"}
     version = wheel.name.split("-")[1]
     assert contents(wheel) == shipped | typed | compiled | {f"portmanteau-{version}.dist-info/{name}" for name in about}

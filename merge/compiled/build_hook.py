@@ -16,7 +16,7 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 HERE = Path(__file__).resolve().parent
-LIBRARY = HERE / ("_kernels.dll" if sys.platform == "win32" else "_kernels.so")
+LIBRARY = HERE / "kernels.native"  # no name of a module, since it is none
 _FLAGS = ("-O3", "-std=c11", "-ffp-contract=off", "-fPIC", "-shared", "-fvisibility=hidden")
 
 

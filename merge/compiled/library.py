@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import sys
 from collections.abc import Sequence
 from ctypes import POINTER, c_double, c_float, c_int, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
 from functools import cache
@@ -13,7 +12,7 @@ from typing import Any
 DTYPES = {"F32": 0, "BF16": 1, "F16": 2}  # what it loads and stores, by the numbers in kernels.c
 ROW = 4096
 LANES = 4  # histograms of one digit, side by side
-_FILE = Path(__file__).with_name("_kernels.dll" if sys.platform == "win32" else "_kernels.so")
+_FILE = Path(__file__).with_name("kernels.native")
 
 
 class Stored(ctypes.Structure):

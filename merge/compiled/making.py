@@ -45,8 +45,7 @@ def made(step: Step, session: Session) -> Iterator[memoryview]:
 
 def _form(step: Step, session: Session) -> Form | None:
     assert step.operator.compiled is not None
-    defaults = {name: setting.default for name, setting in step.operator.settings.items()}
-    settings = {**defaults, **resolved(step.settings, session)}
+    settings = resolved(step.every_setting, session)
     found: Form | None = call(step.operator.compiled, count=len(step.inputs.models), **settings)
     return found
 
