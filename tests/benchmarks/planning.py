@@ -4,7 +4,7 @@
 
 `plan` and `check` of a recipe over four models of 70 billion entries, 30 shards each: headers with holes behind
 them, so 564 GB apparent and no disk. Beside them `--help`, `show ties`, and the build of a copy of a toy, which is
-all start. The toy is built into a new folder each time.
+all start.
 """
 
 from __future__ import annotations
@@ -12,28 +12,48 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 
 from process import Cost, machine, measure
 from run import make_inputs
 
 _MODELS = ("base", "one", "two", "three")
 _MOST_SECONDS = 2.0  # for what reads the headers of 70B
+_HELD = ("plan, 70B × 4", "check, 70B × 4")
 _TIES = {"base": "base", "models": {"one": 0.6, "two": 0.4, "three": 0.3}, "density": 0.2}
 _RULES = [{"tensors": "*.mlp.*", "density": 0.5}]
 
 
-def recipes(work: Path) -> tuple[Path, Path]:
+def recipes(work: Path, scratch: Path) -> tuple[Path, Path]:
     """Write the inputs and two recipes: one over four models of 70B, one that copies a toy."""
     make_inputs(work / "70B", _MODELS, "70B", "--headers")
     make_inputs(work / "tiny", ["one"], "tiny")
-    large, toy = work / "planning-70B.yaml", work / "planning-toy.yaml"
+    large, toy = scratch / "large.yaml", scratch / "toy.yaml"
     models = {model: str(work / "70B" / model) for model in _MODELS}
     large.write_text(json.dumps({"models": models, "merge": {"ties": {**_TIES, "rules": _RULES}}}), encoding="utf-8")
     toy.write_text(json.dumps({"merge": {"copy": {"models": [str(work / "tiny" / "one")]}}}), encoding="utf-8")
     return large, toy
+
+
+def measured(large: Path, toy: Path, scratch: Path, runs: int) -> dict[str, list[Cost]]:
+    """Let the commands take turns, after one uncounted run of each."""
+    out = scratch / "out"
+    commands: dict[str, list[str | Path]] = {
+        _HELD[0]: ["portmanteau", "plan", large],
+        _HELD[1]: ["portmanteau", "check", large],
+        "--help": ["portmanteau", "--help"],
+        "show ties": ["portmanteau", "show", "ties"],
+        "build, copy of a toy": ["portmanteau", "build", toy, out],
+    }
+    costs: dict[str, list[Cost]] = {name: [] for name in commands}
+    for run in range(runs + 1):
+        for name, command in commands.items():
+            cost = measure(command, scratch / "log")
+            costs[name] += [cost] if run else []
+        shutil.rmtree(out)
+    return costs
 
 
 def main() -> None:
@@ -43,26 +63,16 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5, help="counted runs of each; default: 5")
     arguments = parser.parse_args()
     about, work = machine(), arguments.work.absolute()
-    large, toy = recipes(work)
-    commands: dict[str, tuple[Callable[[int], list[str | Path]], float | None]] = {
-        "plan, 70B × 4": (lambda _: ["portmanteau", "plan", large], _MOST_SECONDS),
-        "check, 70B × 4": (lambda _: ["portmanteau", "check", large], _MOST_SECONDS),
-        "--help": (lambda _: ["portmanteau", "--help"], None),
-        "show ties": (lambda _: ["portmanteau", "show", "ties"], None),
-        "build, copy of a toy": (lambda run: ["portmanteau", "build", toy, work / f"out-toy-{run}"], None),
-    }
-    costs: dict[str, list[Cost]] = {name: [] for name in commands}
-    for run in range(arguments.runs + 1):
-        for name, (command, _) in commands.items():
-            cost = measure(command(run), work / "last.log")
-            costs[name] += [cost] if run else []
-        shutil.rmtree(work / f"out-toy-{run}")
+    work.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix="run-", dir=work) as scratch:
+        found = measured(*recipes(work, Path(scratch)), Path(scratch), arguments.runs)
     print(f"{about}; medians of {arguments.runs} runs (least–most)\n")
     print("| command | s | CPU s | peak MB | target | met |\n|---|--:|--:|--:|--:|---|")
-    for name, (_, most) in commands.items():
-        seconds = sorted(cost.seconds for cost in costs[name])
+    for name, costs in found.items():
+        most = _MOST_SECONDS if name in _HELD else None
+        seconds = sorted(cost.seconds for cost in costs)
         shown = f"{median(seconds):.2f} ({seconds[0]:.2f}–{seconds[-1]:.2f})"
-        processor, peak = (median(getattr(cost, field) for cost in costs[name]) for field in ("processor", "peak"))
+        processor, peak = (median(getattr(cost, field) for cost in costs) for field in ("processor", "peak"))
         verdict = "–" if most is None else "met" if median(seconds) < most else "not met"
         target = f"< {most:g} s" if most else "–"
         print(f"| {name} | {shown} | {processor:.2f} | {peak / 1e6:.0f} | {target} | {verdict} |")

@@ -59,6 +59,7 @@ class Row:
         theirs: the merge method and its parameters, where the peer is mergekit.
         targets: what it is held to.
         scale: the size of the models.
+        most_runs: where the peer takes too long to be repeated.
 
     """
 
@@ -68,6 +69,7 @@ class Row:
     theirs: Mapping[str, Any] = field(default_factory=dict)
     targets: Targets = Targets()
     scale: str = "1.1B"
+    most_runs: int | None = None
 
 
 _TIES = {"base": "base", "models": _WEIGHTS, "density": 0.2}
@@ -121,7 +123,7 @@ ROWS: Mapping[str, Row] = {
         {"extract_lora": {"base": "base", "tuned": "one", "rank": _RANK}},
         ("base", "one"),
         peer="mergekit-extract-lora",
-        scale="0.1B",
+        most_runs=1,
     ),
 }
 
@@ -144,8 +146,7 @@ def peer_command(row: Row, inputs: Path, recipe: Path, out: Path) -> Command:
         return _build(our_recipe(ROWS["linear"], inputs), recipe, out)
     if row.peer == "mergekit-extract-lora":
         base, tuned = (inputs / model for model in row.models)
-        given: Command = ["--base-model", base, "--model", tuned, "--out-path", out, "--max-rank", str(_RANK)]
-        return [row.peer, *given, "--embed-lora"]
+        return [row.peer, "--base-model", base, "--model", tuned, "--out-path", out, "--max-rank", str(_RANK)]
     recipe.write_text(json.dumps(mergekit_recipe(row, inputs), indent=2), encoding="utf-8")
     return ["mergekit-yaml", recipe, out, "--no-copy-tokenizer"]
 

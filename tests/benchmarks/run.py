@@ -10,11 +10,11 @@ read once, to lie in the page cache for all, and we run once uncounted: what is 
 not measured, nor is it for the peer, which an uncounted `--help` makes ready. We sync our output and `cp` is followed
 by `sync`; mergekit and peft do not sync. What nobody else does has our own `linear` as its peer.
 
-Models have 1.1 billion entries (2.2 GB in bf16), but in two rows: ten snapshots of 0.3 billion each, as ten of 2.2 GB
-would not stay in the page cache and would measure the disk; LoRA extraction from 0.1 billion, as SVDs of the matrices
-of 1.1 billion take the peer too long to be repeated. mergekit is given `dtype: bfloat16`, as in its own examples: it
-computes deltas in bf16 where we compute in fp32. Nothing heavy is imported here and the inputs are written by a process
-of their own: a child's peak begins at the size of its parent.
+Models have 1.1 billion entries (2.2 GB in bf16), but for the ten snapshots: 0.3 billion each, as ten of 2.2 GB would
+not stay in the page cache and would measure the disk. LoRA extraction runs once: the peer's SVDs take many minutes.
+mergekit is given `dtype: bfloat16`, as in its own examples: it computes deltas in bf16 where we compute in fp32.
+Nothing heavy is imported here and the inputs are written by a process of their own: a child's peak begins at the size
+of its parent.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 
 from process import Cost, machine, measure
 from rows import ROWS, Row, Targets, our_command, peer_command
@@ -37,7 +38,8 @@ Round = Mapping[str, Cost]  # by program: peer, ours, cp
 _INPUTS = Path(__file__).with_name("inputs.py")
 COPY_AND_SYNC = 'cp -r "$1" "$2" && sync "$2"/* "$2"'
 _TITLES = (
-    "recipe|peer|peer s|ours s|cp s|peer ÷ ours|target|ours ÷ cp|target|peer MB|ours MB|target|CPU s, peer · ours|met"
+    *("recipe", "peer", "peer s", "ours s", "cp s", "peer ÷ ours", "target", "ours ÷ cp", "target"),
+    *("peer MB", "ours MB", "target", "peer CPU s", "ours CPU s", "met"),
 )
 
 
@@ -48,6 +50,13 @@ class Figures:
     name: str
     scale: str
     rounds: Sequence[Round]
+
+    @property
+    def title(self) -> str:
+        """Its name, with what is not as in the other rows."""
+        limited = ROWS[self.name].most_runs == len(self.rounds)
+        other = [*([self.scale] if self.scale != "1.1B" else []), *([f"runs: {len(self.rounds)}"] if limited else [])]
+        return f"{self.name} ({', '.join(other)})" if other else self.name
 
     def of(self, field: str) -> dict[str, list[float]]:
         """Give one figure of each program's costs, round by round."""
@@ -68,27 +77,22 @@ def warm(folders: Sequence[Path]) -> None:
                 pass
 
 
-def rounds(name: str, work: Path, inputs: Path, runs: int, *, alone: bool) -> Iterator[Round]:
-    """Let the programs take turns; nothing that they write is left afterwards."""
-    row, log = ROWS[name], work / "last.log"
-    outs = {program: work / f"out-{program}" for program in ("peer", "ours", "cp")}
-    recipes = {program: work / f"{name}.{program}.yaml" for program in ("peer", "ours")}
-    theirs = peer_command(row, inputs, recipes["peer"], outs["peer"])
-    ours = our_command(row, inputs, recipes["ours"], outs["ours"])
+def rounds(name: str, inputs: Path, scratch: Path, runs: int, *, alone: bool) -> Iterator[Round]:
+    """Let the programs take turns in a folder of their own; each result is removed as soon as it is not needed."""
+    row, log = ROWS[name], scratch / "log"
+    outs = {program: scratch / program for program in ("peer", "ours", "cp")}
+    theirs = peer_command(row, inputs, scratch / "peer.yaml", outs["peer"])
+    ours = our_command(row, inputs, scratch / "ours.yaml", outs["ours"])
     warm([inputs / model for model in row.models])
     for number in range(runs + 1):
-        for out in outs.values():
-            shutil.rmtree(out, ignore_errors=True)
-        try:
-            costs = {}
-            if not alone:
-                costs["peer"] = measure(theirs if number else _made_ready(row, theirs), log)
-                shutil.rmtree(outs["peer"], ignore_errors=True)
-            costs["ours"] = measure(ours, log)
-            costs["cp"] = measure(["sh", "-c", COPY_AND_SYNC, "cp", outs["ours"], outs["cp"]], log)
-        finally:
-            for out in outs.values():
-                shutil.rmtree(out, ignore_errors=True)
+        costs = {}
+        if not alone:
+            costs["peer"] = measure(theirs if number else _made_ready(row, theirs), log)
+            shutil.rmtree(outs["peer"], ignore_errors=True)
+        costs["ours"] = measure(ours, log)
+        costs["cp"] = measure(["sh", "-c", COPY_AND_SYNC, "cp", outs["ours"], outs["cp"]], log)
+        for program in ("ours", "cp"):
+            shutil.rmtree(outs[program])
         if number:
             shown = [f"{p} {c.seconds:.2f} s (CPU {c.processor:.2f}) {c.peak / 1e6:.0f} MB" for p, c in costs.items()]
             print(f"{name}: {', '.join(shown)}", file=sys.stderr, flush=True)
@@ -114,7 +118,7 @@ def _cells(found: Figures) -> list[str]:
     faster = median(seconds["peer"]) / ours if seconds["peer"] else None
     of_copy = ours / median(seconds["cp"])
     return [
-        found.name if found.scale == "1.1B" else f"{found.name} ({found.scale})",
+        found.title,
         row.peer,
         *(_range(seconds[program]) for program in ("peer", "ours", "cp")),
         "–" if faster is None else f"{faster:.1f}",
@@ -190,11 +194,14 @@ def main() -> None:
             scale = arguments.scale or ROWS[name].scale
             needed = {*ROWS[name].models, *(ROWS["linear"].models if ROWS[name].peer == "our linear" else ())}
             make_inputs(work / scale, sorted(needed), scale)
-            found = list(rounds(name, work, work / scale, arguments.runs, alone=arguments.alone))
+            runs = min(arguments.runs, ROWS[name].most_runs or arguments.runs)
+            with TemporaryDirectory(prefix="run-", dir=work) as scratch:
+                found = list(rounds(name, work / scale, Path(scratch), runs, alone=arguments.alone))
             figures.append(Figures(name, scale, found))
             if arguments.json:
                 save(arguments.json, about, figures)
-    print(f"{about}; medians of {len(figures[0].rounds)} interleaved runs (least–most)\n\n{table(figures)}")
+    most = max(len(found.rounds) for found in figures)
+    print(f"{about}; medians of {most} interleaved runs (least–most)\n\n{table(figures)}")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from process import Cost, machine, measure
@@ -58,29 +59,25 @@ class Measured:
         return median(one.peak for one in self.ours)
 
 
-def measured(merge: str, scale: str, work: Path, runs: int) -> Measured:
-    """Build one merge at one scale, in turns with a copy of one model. Leaves nothing behind but the inputs."""
-    inputs, out, log = work / scale, work / "out-ours", work / "last.log"
-    make_inputs(inputs, _MODELS, scale)
-    recipe = work / f"scaling-{merge}-{scale}.yaml"
+def measured(merge: str, scale: str, inputs: Path, scratch: Path, runs: int) -> Measured:
+    """Build one merge at one scale, in turns with a copy of one model; each result is removed at once."""
+    recipe, out, log = scratch / "recipe.yaml", scratch / "out", scratch / "log"
     models = {model: str(inputs / model) for model in _MODELS}
     recipe.write_text(json.dumps({"models": models, "merge": MERGES[merge]}), encoding="utf-8")
     warm([inputs / model for model in _MODELS])
-    ours, copied = [], []
+    commands: tuple[list[str | Path], ...] = (
+        ["portmanteau", "build", recipe, out],
+        ["sh", "-c", COPY_AND_SYNC, "cp", inputs / "one", out],
+    )
+    costs: tuple[list[Cost], list[Cost]] = ([], [])
     for _ in range(runs):
-        for command, costs in (
-            (["portmanteau", "build", recipe, out], ours),
-            (["sh", "-c", COPY_AND_SYNC, "cp", inputs / "one", out], copied),
-        ):
-            shutil.rmtree(out, ignore_errors=True)
-            try:
-                costs.append(measure(command, log))
-            finally:
-                shutil.rmtree(out, ignore_errors=True)
+        for command, found in zip(commands, costs, strict=True):
+            found.append(measure(command, log))
+            shutil.rmtree(out)
     size = sum(path.stat().st_size for path in (inputs / "one").glob("*.safetensors"))
-    found = Measured(merge, scale, size / 1e9, ours, copied)
-    print(_row(found, found), file=sys.stderr, flush=True)
-    return found
+    made = Measured(merge, scale, size / 1e9, *costs)
+    print(_row(made, made), file=sys.stderr, flush=True)
+    return made
 
 
 def table(every: Sequence[Measured]) -> str:
@@ -123,12 +120,12 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3, help="runs of each; default: 3")
     parser.add_argument("--json", type=Path, help="keep the raw figures here")
     arguments = parser.parse_args()
-    about, work = machine(), arguments.work.absolute()
-    every = [
-        measured(merge, scale, work, arguments.runs)
-        for scale in arguments.scales.split(",")
-        for merge in arguments.rows.split(",")
-    ]
+    about, work, every = machine(), arguments.work.absolute(), []
+    for scale in arguments.scales.split(","):
+        make_inputs(work / scale, _MODELS, scale)
+        for merge in arguments.rows.split(","):
+            with TemporaryDirectory(prefix="run-", dir=work) as scratch:
+                every.append(measured(merge, scale, work / scale, Path(scratch), arguments.runs))
     every.sort(key=lambda found: found.merge)  # the scales stay in their order
     if arguments.json:
         raw = {"machine": about, "rows": [asdict(found) for found in every]}
