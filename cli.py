@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -311,25 +311,28 @@ def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 @contextmanager
 def _drawn_progress() -> Iterator[merge.Progress]:
-    """Draw bars on stderr, where that is a terminal."""
+    """Draw bars on stderr, where that is a terminal; what draws them is not even imported where it is none."""
+    try:
+        with _bars() if sys.stderr.isatty() else nullcontext() as bars:
+            yield _Drawn(bars) if bars else merge.Progress()
+    except KeyboardInterrupt:
+        _say("interrupted: nothing was written")
+        raise
+
+
+def _bars() -> Bars:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    console = Console(stderr=True)
-    columns = (
+    return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         DownloadColumn(),
         TextColumn("{task.fields[done]}/{task.fields[tensors]} tensors"),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
+        console=Console(stderr=True),
     )
-    try:
-        with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
-            yield _Drawn(bars)
-    except KeyboardInterrupt:
-        _say("interrupted: nothing was written")
-        raise
 
 
 class _Drawn(merge.Progress):

@@ -1,6 +1,8 @@
 """Which tensors meet: compositions take checkpoints and give a checkpoint, nothing read until it is asked for."""
 
-from . import training
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .assemble import assemble
 from .average import Exponential, accumulative_averages, average
 from .average_adapters import average_adapters
@@ -23,6 +25,17 @@ from .stack_adapters import stack_adapters
 from .swap_lora import swap_lora
 from .tensorwise import Rule, tensorwise
 from .zones import Ends, Zone
+
+if TYPE_CHECKING:
+    from . import training
+else:
+
+    def __getattr__(name: str) -> Any:
+        """Import `training` when it is asked for: no command needs it."""
+        if name == "training":
+            return import_module(".training", __name__)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "Changes",

@@ -301,10 +301,10 @@ def each(value: PerModel[T], count: int) -> tuple[T, ...]:
 
 def call(function: Callable[..., T], *arguments: Any, **settings: Any) -> T:
     """Call a function with those of the settings that it names."""
-    named = _named(function)
+    named = _parameters(function)
     return function(*arguments, **{key: value for key, value in settings.items() if key in named})
 
 
 @cache
-def _named(function: Callable[..., Any]) -> frozenset[str]:
+def _parameters(function: Callable[..., Any]) -> frozenset[str]:
     return frozenset(inspect.signature(function).parameters)

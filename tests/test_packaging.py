@@ -308,6 +308,18 @@ def test_commands_that_read_no_weights_import_neither_torch_nor_transformers(com
     assert run([sys.executable, "-c", code, *command.split()], swap.parent).splitlines()[-1] == "status 0"
 
 
+def test_a_build_that_nobody_watches_imports_nothing_that_it_does_not_need(swap: Path) -> None:
+    code = (
+        "import sys, portmanteau.cli\n"
+        "try: portmanteau.cli.main()\n"
+        "except SystemExit as end: status = end.code\n"
+        "unneeded = {'torch', 'transformers', 'huggingface_hub', 'rich', 'portmanteau.compositions.training'}\n"
+        "print('status', status or 0, *unneeded.intersection(sys.modules))"
+    )
+    printed = run([sys.executable, "-c", code, "build", str(swap), "out"], swap.parent)
+    assert printed.splitlines()[-1] == "status 0"
+
+
 def run(command: list[str | Path], folder: Path) -> str:
     """Run a command in a folder and give its stdout; its environment names no other Python's modules."""
     outside = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
