@@ -246,6 +246,7 @@ def test_compositions_has_exactly_these_public_names() -> None:
         "changes",
         "compose",
         "composition",
+        "emr_task",
         "extract_lora",
         "extract_sparse",
         "fisher",
