@@ -122,7 +122,7 @@ class Evaluation:
         elif self._fits(step.inputs):
             self._kept[step] = [self.gather(step.inputs, span, deltas=step.on_deltas) for span in spans]
         runs = lambda: (partial(self._part, step, span) for span in spans)  # noqa: E731
-        parts = Parts(runs, len(step.inputs.models), step.output.shape)
+        parts = Parts(runs, len(step.inputs.models), step.output.shape, name=step.output.name)
         return call(step.operator.measure, parts, **settings, streams=streams)
 
     def _part(self, step: Step, span: slice) -> tuple[Tensor, ...]:

@@ -52,6 +52,7 @@ class Parts:
         models: how many models there are.
         shape: the tensor's; several tensors, one after the other, count as one of one dimension.
         threads: how many parts `map` may read and work on at once.
+        name: the tensor's, for methods of others that ask for it; empty for several tensors.
 
     """
 
@@ -59,6 +60,7 @@ class Parts:
     models: int
     shape: tuple[int, ...]
     threads: int = 1
+    name: str = ""
 
     @property
     def entries(self) -> int:
@@ -185,16 +187,18 @@ class Operator:
     refuse: Callable[..., str] | None
     rows: bool
     holds: int
+    holds_each: int = 0
+    base_optional: bool = False  # `base` may be left out: only methods of plugins have that
 
     @property
     def needs_base(self) -> bool:
         """Tell whether it works on a base and models."""
-        return "deltas" in self.roles or "base" in self.roles
+        return self.takes_base and "vectors" not in self.roles and not self.base_optional
 
     @property
     def takes_base(self) -> bool:
         """Tell whether a base can be given."""
-        return self.needs_base or "vectors" in self.roles
+        return not {"deltas", "vectors", "base"}.isdisjoint(self.roles)
 
     @property
     def on_deltas(self) -> bool:
@@ -235,6 +239,7 @@ def operator(
     refuse: Callable[..., str] | None = None,
     rows: bool = False,
     holds: int = 0,
+    holds_each: int = 0,
 ) -> Callable[[F], F]:
     """Register a function as the operator of its name, and hand it back unchanged.
 
@@ -246,6 +251,7 @@ def operator(
         refuse: function of (count, **settings) that says why they cannot be meant; it is asked while planning.
         rows: whether an entry's result depends on its whole row (the last dimension; all of a vector).
         holds: how many matrices of the tensor's size it holds in memory, where it needs all of it at once.
+        holds_each: how many more it holds for each of its inputs.
 
     """
 
@@ -254,7 +260,7 @@ def operator(
         kept = frozenset(laws)
         assert kept <= LAWS.keys(), f"unknown laws: {kept - LAWS.keys()}"
         name = function.__name__
-        REGISTRY[name] = Operator(name, function, *found, source, kept, measure, takes, refuse, rows, holds)
+        REGISTRY[name] = Operator(name, function, *found, source, kept, measure, takes, refuse, rows, holds, holds_each)
         return function
 
     return register
@@ -295,6 +301,7 @@ def each(value: PerModel[T], count: int) -> tuple[T, ...]:
 
 
 def call(function: Callable[..., T], *arguments: Any, **settings: Any) -> T:
-    """Call a function with those of the settings that it names."""
+    """Call a function with those of the settings that it names; with all if it takes any."""
     named = inspect.signature(function).parameters
-    return function(*arguments, **{key: value for key, value in settings.items() if key in named})
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in named.values())
+    return function(*arguments, **{key: value for key, value in settings.items() if takes_any or key in named})

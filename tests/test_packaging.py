@@ -33,6 +33,7 @@ LAYERS = (  # a file imports only from layers above its own
     (
         "merge.files",
         "merge.adapters",
+        "merge.plugins",
         "merge.sparse",
         "compositions.mergekit",
         "compositions.recipe",
@@ -42,7 +43,8 @@ LAYERS = (  # a file imports only from layers above its own
     ("merge.tensor_spec", "merge.sparse.pytorch_diff", "merge.surveys", "merge.changes", "merge.operators.linear"),
     ("merge.thinning", "merge.inner_products", "merge.describe.tensors"),
     ("merge.companions", "merge.files.safetensors_file", "merge.files.torch_file", "merge.writer", "merge.operators.*"),
-    ("merge.operators", "merge.files.hub"),
+    ("merge.operators", "merge.files.hub", "merge.plugins.discovery"),
+    ("merge.plugins.mergekit_method",),
     ("merge.registry", "merge.adapters.folder"),
     ("merge.node",),
     ("merge.checkpoint", "merge.evaluate"),
