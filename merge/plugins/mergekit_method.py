@@ -1,28 +1,19 @@
-"""A method that somebody registered with mergekit, as an operator: its parameters read, its kernel called as it is.
-
-It sees whole tensors, in fp32 (fp64 for fp64), as mergekit gives them to it, the base first. One at a time: methods may
-draw from torch's generator, which is seeded by the tensor's and the models' names.
-"""
+"""A method that somebody registered with mergekit, described as an operator of ours."""
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any, Optional
+from typing import Any, Optional
 
 from ..errors import MergeError
-from ..kernels import one_thread
-from ..operator import WHOLE, Operator, Part, Parts, Setting, each
+from ..operator import Operator, Setting
 from .discovery import announced, load, load_announced, quiet
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from .kernel import Kernel, applied, of_base
 
 KNOWN = "0.1.5"  # the version whose own methods are these
 OWN = frozenset(
@@ -52,8 +43,7 @@ OWN = frozenset(
 RESERVED = frozenset(
     ["base", "count", "layers", "model", "models", "operator", "part", "rules", "streams", "tensors", "unmatched"]
 )
-_REGISTRY, _BASE = "mergekit.merge_methods.registry", "mergekit.merge_methods.base"
-_LOCK = threading.Lock()
+_REGISTRY = "mergekit.merge_methods.registry"
 
 
 def registered(name: str) -> Operator | None:
@@ -102,10 +92,10 @@ def operator_of(method: Any) -> Operator:
     if clashing:
         what = f"has a parameter {clashing[0]!r}, which means something else in recipes"
         raise MergeError(f"method {spec.name}", what, "call it otherwise in the plugin")
-    merge = _Kernel(method)
+    merge = Kernel(method)
     return Operator(
         spec.name,
-        _apply(method, merge),
+        applied(spec.name, merge, _text(method)),
         ("models", "base") if takes_base else ("models",),
         settings,
         source=", ".join(filter(None, (f"mergekit {_version()}, {_home(method)}", spec.reference_url))),
@@ -123,12 +113,8 @@ def operator_of(method: Any) -> Operator:
 def base_settings(operator: Operator) -> Mapping[str, str]:
     """Give those parameters of a plugin's method that its base has of its own too, with the name of the base's."""
     kernel = operator.measure
-    assert isinstance(kernel, _Kernel)
-    return {one.name: f"base_{one.name}" for one in kernel.spec.parameters if _of_base(one, "base" in operator.roles)}
-
-
-def _of_base(parameter: Any, takes_base: bool) -> bool:
-    return takes_base and parameter.scope.value == "input"
+    assert isinstance(kernel, Kernel)
+    return {one.name: f"base_{one.name}" for one in kernel.spec.parameters if of_base(one, "base" in operator.roles)}
 
 
 def _settings(parameter: Any, takes_base: bool) -> Iterator[Setting]:
@@ -136,7 +122,7 @@ def _settings(parameter: Any, takes_base: bool) -> Iterator[Setting]:
     default = inspect.Parameter.empty if parameter.required else parameter.default
     per_model = parameter.scope.value != "shared"
     yield Setting(parameter.name, parameter.value_type, default, parameter.description or "", per_model)
-    if _of_base(parameter, takes_base):
+    if of_base(parameter, takes_base):
         optional = Optional[parameter.value_type]  # noqa: UP045 - of a type that is known only at run time
         own = None if parameter.required else default
         yield Setting(f"base_{parameter.name}", optional, own, f"{parameter.name} of the base", per_model=False)
@@ -161,87 +147,6 @@ def _refusal(contract: Any) -> Callable[..., str]:
         return f"takes {wanted} models{beside}, and {count} are given"
 
     return refuse
-
-
-class _Kernel:
-    """What a method makes of a whole tensor: the operator's measure."""
-
-    def __init__(self, method: Any) -> None:
-        self.spec = method.spec
-        self._method = method
-
-    def __call__(self, parts: Parts, *, streams: tuple[int, ...] = (), **settings: Any) -> Tensor:
-        """Gather the tensor of every model, and of the base, and let the method merge them."""
-        import torch
-
-        tensors, has_base = _gathered(parts)
-        inputs = [*tensors[-1:], *tensors[:-1]] if has_base else tensors
-        parameters = {one.name: self._value(one, settings, parts.models, has_base) for one in self.spec.parameters}
-        seed = hashlib.blake2b(repr((parts.name, streams)).encode(), digest_size=8).digest()
-        with _LOCK, one_thread(), torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int.from_bytes(seed, "little"))
-            result = self._merged(inputs, parameters, has_base, parts.name)
-        return result.to(tensors[0].dtype)
-
-    def _merged(self, inputs: Sequence[Tensor], parameters: Mapping[str, Any], has_base: bool, name: str) -> Tensor:
-        """Call the method through mergekit's own interface."""
-        group = import_module(_BASE).TensorGroup.from_tensors(
-            inputs, base_index=0 if has_base else None, name=name or None
-        )
-        try:
-            (result,) = self._method((group,), parameters=parameters)
-        except Exception as error:
-            raise MergeError("", f"the plugin gave up: {type(error).__name__}: {error}") from error
-        merged: Tensor = result
-        return merged
-
-    def _value(self, parameter: Any, settings: Mapping[str, Any], count: int, has_base: bool) -> Any:
-        """Give a parameter as mergekit takes it: one value, or one for each input that it is a matter of."""
-        value = settings[parameter.name] if parameter.name in settings else self._default(parameter)
-        if parameter.scope.value == "shared":
-            return value
-        if not _of_base(parameter, has_base):
-            return list(each(value, count))
-        own = settings.get(f"base_{parameter.name}")
-        if own is None:
-            raise MergeError("", f"needs the base's own {parameter.name}", f"base_{parameter.name}: …")
-        return [own, *each(value, count)]
-
-    def _default(self, parameter: Any) -> Any:
-        if parameter.required:
-            raise MergeError("", f"needs {parameter.name!r}")
-        return parameter.default
-
-
-def _gathered(parts: Parts) -> tuple[list[Tensor], bool]:
-    """Put the parts of every model together, and behind them the base's, where there is one, in the tensor's shape."""
-    import torch
-
-    whole: Tensor | None = None
-    for start, part in parts.placed():
-        models, *base = part
-        rows = torch.cat([models.reshape(len(models), -1), *(one.reshape(1, -1) for one in base)])
-        if whole is None:
-            whole = torch.empty((len(rows), parts.entries), dtype=rows.dtype)
-        whole[:, start : start + rows.shape[1]] = rows
-    assert whole is not None
-    return [row.view(parts.shape) for row in whole], len(whole) > parts.models
-
-
-def _apply(method: Any, kernel: _Kernel) -> Callable[..., Tensor]:
-    """Make the function of the operator: the run of entries that is asked for, of what the kernel made."""
-
-    def apply(models: Tensor, base: Tensor | None = None, *, part: Part = WHOLE, **settings: Any) -> Tensor:
-        given = (models,) if base is None else (models, base)
-        whole = (
-            kernel(Parts.whole(*given), streams=part.streams, **settings) if part.measured is None else part.measured
-        )
-        run = whole.reshape(-1)[part.start : part.start + models[0].numel()]
-        return run.reshape(models.shape[1:]).clone()
-
-    apply.__name__ = apply.__qualname__ = method.spec.name
-    apply.__doc__ = _text(method)
-    return apply
 
 
 def _text(method: Any) -> str:
