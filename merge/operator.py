@@ -83,6 +83,17 @@ class Parts:
             yield start, part
             start += part[0][0].numel()
 
+    def gathered(self, model: int) -> Tensor:
+        """Put the parts of one model together, [*shape], and hold no more than it and a part."""
+        import torch
+
+        whole: Tensor | None = None
+        for start, (models, *_) in self.placed():
+            values = models[model].reshape(-1)
+            whole = values.new_empty(self.entries) if whole is None else whole
+            whole[start : start + len(values)] = values
+        return torch.empty(self.shape) if whole is None else whole.view(self.shape)
+
     def map(self, function: Callable[..., T]) -> Iterator[T]:
         """Give function(*part) for every part, in order; it is called on several threads, a few parts ahead."""
         return mapped(function, self.runs(), self.threads)
