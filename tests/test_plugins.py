@@ -80,6 +80,12 @@ def shares_of_all(group: TensorGroup, share: PerInput[float], tilt: float = 0.0)
     return sum(shares[entry.id] * entry.tensor for entry in group.entries) / sum(shares.values())
 
 
+@merge_method(name="in_file_order", contract=InputContract(base=BasePolicy.REQUIRED))
+def in_file_order(group: TensorGroup) -> Tensor:
+    """Weigh every input by its place."""
+    return sum((place + 1) * tensor for place, tensor in enumerate(group.tensors))
+
+
 class _Noisy(GroupMergeMethod):
     """Adds noise to the mean; the name of the tensor says how much."""
 
@@ -91,7 +97,7 @@ class _Noisy(GroupMergeMethod):
         return mean + size * torch.rand_like(mean)
 
 
-PLUGINS = (first_share, pulled, shares_of_all, _Noisy())
+PLUGINS = (first_share, pulled, shares_of_all, in_file_order, _Noisy())
 
 
 @pytest.fixture(autouse=True)
@@ -193,6 +199,11 @@ CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
         "merge_method": "shares_of_all",
         "models": mentioned(f, "a", "b", a={"share": 0.75}),
         "parameters": {"share": 0.25, "tilt": 9.0},
+    },
+    "an order": lambda f: {
+        "merge_method": "in_file_order",
+        "base_model": str(f / "base"),
+        "models": mentioned(f, "b", "a"),
     },
     "slices": lambda f: {
         "merge_method": "pulled",

@@ -1,7 +1,7 @@
 """What carries out a method of mergekit's: a whole tensor of every model gathered, and merged by mergekit's interface.
 
-It sees whole tensors, in fp32 (fp64 for fp64), the base first. One at a time: methods may draw from torch's generator,
-which is seeded by the tensor's and the models' names.
+It sees whole tensors, in fp32 (fp64 for fp64), the base last, as mergekit adds one that is not listed among the models.
+One at a time: methods may draw from torch's generator, which is seeded by the tensor's and the models' names.
 """
 
 from __future__ import annotations
@@ -36,18 +36,17 @@ class Kernel:
         import torch
 
         tensors, has_base = _gathered(parts)
-        inputs = [*tensors[-1:], *tensors[:-1]] if has_base else tensors
         parameters = {one.name: self._value(one, settings, parts.models, has_base) for one in self.spec.parameters}
         seed = hashlib.blake2b(repr((parts.name, streams)).encode(), digest_size=8).digest()
         with _LOCK, one_thread(), torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(int.from_bytes(seed, "little"))
-            result = self._merged(inputs, parameters, has_base, parts.name)
+            result = self._merged(tensors, parameters, has_base, parts.name)
         return result.to(tensors[0].dtype)
 
     def _merged(self, inputs: Sequence[Tensor], parameters: Mapping[str, Any], has_base: bool, name: str) -> Tensor:
         """Call the method through mergekit's own interface."""
         group = import_module(_BASE).TensorGroup.from_tensors(
-            inputs, base_index=0 if has_base else None, name=name or None
+            inputs, base_index=len(inputs) - 1 if has_base else None, name=name or None
         )
         try:
             (result,) = self._method((group,), parameters=parameters)
@@ -66,7 +65,7 @@ class Kernel:
         own = settings.get(f"base_{parameter.name}")
         if own is None:
             raise MergeError("", f"needs the base's own {parameter.name}", f"base_{parameter.name}: …")
-        return [own, *each(value, count)]
+        return [*each(value, count), own]
 
     def _default(self, parameter: Any) -> Any:
         if parameter.required:
