@@ -9,6 +9,7 @@ from .average_adapters import average_adapters
 from .changes import Changes, changes
 from .compose import compose
 from .composition import Composition, composition
+from .emr_task import emr_task
 from .extract_lora import extract_lora
 from .extract_sparse import extract_sparse
 from .fisher import fisher
@@ -57,6 +58,7 @@ __all__ = [
     "changes",
     "compose",
     "composition",
+    "emr_task",
     "extract_lora",
     "extract_sparse",
     "fisher",

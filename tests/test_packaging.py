@@ -30,7 +30,13 @@ SET_UP = (
     'pip install -c constraints.txt ".[test]" && pytest',
 )
 LAYERS = (  # a file imports only from layers above its own
-    ("merge.files", "merge.adapters", "merge.sparse", "merge.compiled"),  # packages that only say what they are
+    (
+        "merge.files",
+        "merge.adapters",
+        "merge.sparse",
+        "merge.compiled",
+        "merge.plugins",
+    ),  # packages that only say what they are
     ("compositions.mergekit", "compositions.recipe"),
     ("merge.compiled.build_hook", "merge.compiled.library"),
     ("merge.errors", "merge.form", "merge.names", "merge.kernels", "merge.files.storage", "merge.units"),
@@ -40,7 +46,8 @@ LAYERS = (  # a file imports only from layers above its own
     ("merge.compiled.forms",),
     ("merge.operators.linear",),
     ("merge.companions", "merge.files.safetensors_file", "merge.files.torch_file", "merge.writer", "merge.operators.*"),
-    ("merge.operators", "merge.files.hub"),
+    ("merge.operators", "merge.files.hub", "merge.plugins.discovery", "merge.plugins.kernel"),
+    ("merge.plugins.mergekit_method",),
     ("merge.registry", "merge.adapters.folder"),
     ("merge.node",),
     ("merge.checkpoint", "merge.evaluate"),
@@ -57,7 +64,13 @@ LAYERS = (  # a file imports only from layers above its own
     ("merge",),
     ("compositions.composition", "compositions.recipe.lines", "compositions.mergekit.methods"),
     ("compositions.recipe.lined", "compositions.recipe.reference", "compositions.restacked_config"),
-    ("compositions.matching", "compositions.mergekit.parameters", "compositions.same_model", "compositions.zones"),
+    (
+        "compositions.matching",
+        "compositions.mergekit.parameters",
+        "compositions.mergekit.plugin_methods",
+        "compositions.same_model",
+        "compositions.zones",
+    ),
     ("compositions.automatic_layers", "compositions.changes", "compositions.sparse_fine_tune"),
     ("compositions.training.masks", "compositions.training.sparse_result", "compositions.training.freezing"),
     ("compositions.training.*",),
@@ -239,6 +252,7 @@ def test_compositions_has_exactly_these_public_names() -> None:
         "changes",
         "compose",
         "composition",
+        "emr_task",
         "extract_lora",
         "extract_sparse",
         "fisher",
