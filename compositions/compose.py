@@ -24,7 +24,7 @@ from .lora import lora
 from .recipe.lines import Document, KeyPath
 from .recipe.reading import Body, Recipe
 from .recipe.reference import Reference, references, replaced
-from .recipe.tokenizer import RuleBody, TokenizerBody
+from .recipe.tokenizer import RowBody, RuleBody, TokenizerBody
 from .tensorwise import tensorwise
 from .vocabulary.chat_templates import TEMPLATES
 from .vocabulary.row_maps import RowOf, TokenRule
@@ -113,12 +113,13 @@ class _Composer:
 
     def _rule(self, rule: RuleBody) -> TokenRule:
         """Open the model that a token's row is taken from."""
-        if rule.row is not None:
-            row = RowOf(self._opened(self._leaf(rule.row.model), own=True), rule.row.token, rule.row.id)
+        source = rule.source
+        if isinstance(source, RowBody):
+            row = RowOf(self._opened(self._leaf(source.model), own=True), source.token, source.id)
             return TokenRule(row, rule.force)
-        if rule.source is None or rule.is_zero:
+        if source is None or rule.is_zero:
             return TokenRule("zero" if rule.is_zero else None, rule.force)
-        return TokenRule(self._opened(self._leaf(rule.source), own=True), rule.force)
+        return TokenRule(self._opened(self._leaf(source), own=True), rule.force)
 
     def _commonest_template(self) -> str | None:
         """Give the chat template that most of the models have; of equals the first named one's."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from .lines import KeyPath
 from .reference import Reference
@@ -31,28 +31,28 @@ class RowBody(_Strict):
         return self
 
 
+def _kind(value: Any) -> str:
+    """Tell a row of a model from a model; begins large, as what is no key does in pydantic's locations."""
+    return "Row" if isinstance(value, RowBody) or (isinstance(value, dict) and "model" in value) else "Model"
+
+
 class RuleBody(_Strict):
     """Where the row of a token comes from: a model, a row of it, `zero`; alone, or with `force`."""
 
-    source: Reference | None = None
-    row: RowBody | None = None
+    source: (
+        Annotated[Annotated[RowBody, Tag("Row")] | Annotated[Reference, Tag("Model")], Discriminator(_kind)] | None
+    ) = None
     force: bool = False
 
     @model_validator(mode="before")
     @classmethod
     def _from_short(cls, value: Any) -> Any:
-        """Read a source alone; put a row of a model where it is read."""
-        if isinstance(value, str) or (isinstance(value, dict) and "model" in value):
-            value = {"source": value}
-        source = value.get("source") if isinstance(value, dict) else None
-        if isinstance(source, dict) and "model" in source:
-            return {**{key: one for key, one in value.items() if key != "source"}, "row": source}
-        return value
+        return {"source": value} if isinstance(value, str) or _kind(value) == "Row" else value
 
     @property
     def is_zero(self) -> bool:
         """Tell whether the row is one of zeros."""
-        return self.source is not None and self.source.path == ZERO
+        return isinstance(self.source, Reference) and self.source.path == ZERO
 
 
 class TokenizerBody(_Strict):
@@ -81,7 +81,7 @@ class TokenizerBody(_Strict):
         if self.base is not None:
             yield (*path, "base"), self.base
         for token, rule in self.tokens.items():
-            if rule.row is not None:
-                yield (*path, "tokens", token, "source", "model"), rule.row.model
+            if isinstance(rule.source, RowBody):
+                yield (*path, "tokens", token, "source", "model"), rule.source.model
             elif rule.source is not None and not rule.is_zero:
                 yield (*path, "tokens", token, "source"), rule.source
