@@ -35,8 +35,8 @@ _TOKENIZER = (
 )
 _TEMPLATES = "chat_template.*|additional_chat_templates/*"
 INPUT_EMBEDDINGS = (
-    "*embed_tokens.weight|*word_embeddings.weight|*wte.weight|*embed_in.weight|shared.weight|*tok_embeddings.weight"
-    "|backbone.embeddings.weight"
+    "*embed_tokens.weight|*word_embeddings.weight|*wte.weight|*embed_in.weight|shared.weight|*.shared.weight"
+    "|*tok_embeddings.weight|backbone.embeddings.weight"
 )
 
 

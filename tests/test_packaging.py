@@ -245,10 +245,12 @@ def test_compositions_has_exactly_these_public_names() -> None:
         "Exponential",
         "Overlap",
         "Recipe",
+        "RowOf",
         "Rule",
         "Slice",
         "Soup",
         "Term",
+        "TokenRule",
         "Try",
         "Zone",
         "accumulative_averages",
@@ -274,6 +276,7 @@ def test_compositions_has_exactly_these_public_names() -> None:
         "swap_lora",
         "tensorwise",
         "training",
+        "with_vocabulary",
     ]
     assert all(hasattr(compositions, name) for name in compositions.__all__)
 

@@ -744,5 +744,55 @@ def test_the_bits_do_not_depend_on_the_size_of_parts(three: Path) -> None:
     assert all(torch.equal(results[0], one) for one in results[1:])
 
 
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_every_table_of_an_encoder_decoder_is_brought_in_order(three: Path, family: str) -> None:
+    from transformers import (
+        AutoModelForSeq2SeqLM,
+        BartConfig,
+        BartForConditionalGeneration,
+        T5Config,
+        T5ForConditionalGeneration,
+    )
+
+    count = len(auto(three / "a"))
+    torch.manual_seed(0)
+    if family == "t5":
+        sizes: dict[str, Any] = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
+        made: Any = T5ForConditionalGeneration(T5Config(vocab_size=count, tie_word_embeddings=False, **sizes))
+    else:
+        halves = ("encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads")
+        more = {"encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "max_position_embeddings": 50, **dict.fromkeys(halves, 2)}
+        made = BartForConditionalGeneration(BartConfig(vocab_size=count, d_model=16, **more))
+        made.final_logits_bias = torch.randn(1, count)
+    made.save_pretrained(three / "a")
+    out = ours("merge: {linear: {models: [a]}}\noutput: {tokenizer: {source: base}}", three / "out")
+    old, new = auto(three / "a").get_vocab(), auto(out).get_vocab()
+    both = [word for word in old if word in new]
+    before, after = weights(three / "a"), weights(out)
+    assert before.keys() == after.keys()
+    moved = [name for name in sorted(before) if not torch.equal(after[name], before[name])]
+    assert moved == (["shared.weight"] if family == "t5" else ["final_logits_bias", "model.shared.weight"])
+    for name in moved:
+        rows = [
+            side[name].reshape(len(ids), -1)[[ids[word] for word in both]]
+            for side, ids in ((before, old), (after, new))
+        ]
+        assert torch.equal(*rows)
+    assert AutoModelForSeq2SeqLM.from_pretrained(out).config.vocab_size == len(new)
+
+
+@pytest.mark.mergekit
+def test_a_bundle_is_brought_to_the_vocabulary_of_its_last_document(models: Path, tmp_path: Path) -> None:
+    folder = models / "fallback"
+    soup = config_with(folder, "a b", {"name": "soup"})
+    last = config_with(folder, "base", {"base_model": str(folder / "base"), "tokenizer_source": "union"})
+    last["models"].append({"model": "soup", "parameters": {"weight": 1.0}})
+    made = ours(yaml.safe_dump_all([soup, last], sort_keys=False), tmp_path / "ours")
+    flat = config_with(folder, "base a b", {"base_model": str(folder / "base"), "tokenizer_source": "union"})
+    for one, weight in zip(flat["models"], (0.5, 0.25, 0.25), strict=True):
+        one["parameters"]["weight"] = weight
+    assert_alike(made, theirs(flat, tmp_path / "theirs"))
+
+
 def test_every_difference_has_a_test() -> None:
     assert DIFFERENT.keys() == _TESTED

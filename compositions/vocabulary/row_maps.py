@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from portmanteau.merge import Checkpoint
@@ -13,6 +13,9 @@ from portmanteau.merge.rows import FILL, MEAN, ZERO, RowMap
 
 from .target import Vocabulary
 from .words import Words
+
+Having = tuple[int, ...]  # numbers of owners
+Map = tuple[RowMap, list[int]]  # and the numbers of the owners whose tables it reads
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,8 @@ class RowMaps:
     base: int | None
     rules: Mapping[str, TokenRule]
     vocabulary: Vocabulary
+    _fallbacks: dict[Having, Fallback] = field(default_factory=dict, init=False, repr=False)
+    _maps: dict[tuple[int, Having], Map | None] = field(default_factory=dict, init=False, repr=False)
 
     def mistakes(self) -> Iterator[Mistake]:
         """Say which rules name what is not there."""
@@ -117,7 +122,18 @@ class RowMaps:
     def _owner(self, model: Checkpoint) -> tuple[int, Owner]:
         return next((i, owner) for i, owner in enumerate(self.owners) if owner.model is model)
 
-    def fallback(self, having: Sequence[int]) -> Fallback:
+    def of(self, number: int, having: Having) -> Map | None:
+        """Give the map of one model's rows, where only the owners of these numbers have the tensor.
+
+        None where every row stays where it is.
+        """
+        if having not in self._fallbacks:
+            self._fallbacks[having] = self._fallback(having)
+        if (number, having) not in self._maps:
+            self._maps[number, having] = self._map(number, self._fallbacks[having])
+        return self._maps[number, having]
+
+    def _fallback(self, having: Having) -> Fallback:
         """Say what missing rows are, where only the owners of these numbers have the tensor."""
         merged = [i for i in having if self.owners[i].merged]
         named = set(self.vocabulary.ids.values())
@@ -149,8 +165,7 @@ class RowMaps:
             return number, owner.owned[i]
         return number, owner.words.ids[source.token] if source.token is not None else source.id or 0
 
-    def of(self, number: int, fallback: Fallback) -> tuple[RowMap, list[int]] | None:
-        """Give the map of one model's rows and the numbers of the tables it reads; None where every row stays."""
+    def _map(self, number: int, fallback: Fallback) -> Map | None:
         owned = self.owners[number].owned
         source, row = array("i", fallback.source), array("i", fallback.row)
         for i, own in enumerate(owned):

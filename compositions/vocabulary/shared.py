@@ -17,7 +17,7 @@ from portmanteau.merge.errors import Mistake, some
 from portmanteau.merge.node import Node
 from portmanteau.merge.rows import rows_of
 
-from .row_maps import Fallback, Owner, RowMaps, RowOf, TokenRule, owned_rows
+from .row_maps import Owner, RowMaps, RowOf, TokenRule, owned_rows
 from .special_ids import translated
 from .tables import Table, Tables, tables_of
 from .target import Vocabulary, union, vocabulary
@@ -97,6 +97,9 @@ class Shared:
             if left > 0 and (words := self._words[model]) is not None and len(words.ids) < self._tables[model].rows:
                 told.append(f"{model.label} has {left} rows more than the result: not every model is padded so far")
             told += [f"{model.label}: {key} names tokens that the result lacks" for key in self._dressed[model][1]]
+            beside = self._tables[model].beside() if self._moved(model) is not None else []
+            if beside:
+                told.append(f"{model.label}: taken for no tables of tokens, and left as they are: {some(beside)}")
         missing = [word for word in self.vocabulary.ids if all(word not in self._ids(model) for model in self.given)]
         missing = [word for word in missing if word not in self.rules]
         if missing:
@@ -224,10 +227,6 @@ class Shared:
         base = self._every.index(self.base) if self.base is not None else None
         return RowMaps(owners, base, self.rules, self.vocabulary)
 
-    @cached_property
-    def _fallbacks(self) -> dict[tuple[int, ...], Fallback]:
-        return {}
-
     def _seen(self, model: Checkpoint) -> Checkpoint:
         """Give a model with the vocabulary: itself, where no row moves."""
         dressed = self._dressed[model][0]
@@ -246,10 +245,7 @@ class Shared:
         """Give a table with the vocabulary's rows; None where it stays as it is."""
         alike = {i: like for i, one in enumerate(self._every) if (like := self._tables[one].like(table))}
         alike[number] = table
-        having = tuple(sorted(alike))
-        if having not in self._fallbacks:
-            self._fallbacks[having] = self._maps.fallback(having)
-        found = self._maps.of(number, self._fallbacks[having])
+        found = self._maps.of(number, tuple(sorted(alike)))
         if found is None:
             return None
         rows, read = found

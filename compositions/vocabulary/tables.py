@@ -64,6 +64,12 @@ class Tables:
         """How many rows they have; 0 where there are none."""
         return self.found[0].rows if self.found else 0
 
+    def beside(self) -> list[str]:
+        """Name what is outside the layers, has as many rows, and is not known to count tokens."""
+        known = {table.spec.name for table in self.found}
+        outside = [spec for name, spec in self.model.specs.items() if self.model.layers.place(name) is None]
+        return [spec.name for spec in outside if self.rows in spec.shape and spec.name not in known]
+
     def like(self, other: Table) -> Table | None:
         """Give the table that is to this model what another is to its own; a tied head is the embedding."""
         alike = [one for one in self.found if one.role == other.role and one.width == other.width]
