@@ -575,6 +575,34 @@ output: {tokenizer: {source: union, base: base}}
 """
 
 
+def test_a_plan_notes_what_becomes_of_each_model(three: Path) -> None:
+    (three / "recipe.yaml").write_text("merge: {linear: {models: [base, a]}}\noutput: {tokenizer: base}")
+    kept = len(auto(three / "base").get_vocab().keys() & auto(three / "a").get_vocab().keys())
+    rows = len(auto(three / "base"))
+    note = f"a: {kept} of {rows} rows are its own, in the order of the result's vocabulary"
+    assert note in merge.make_plan(compose(load(three / "recipe.yaml"))).notes
+
+
+def test_rules_have_short_forms(three: Path) -> None:
+    text = """
+        merge: {linear: {models: [base, a]}}
+        output:
+          tokenizer:
+            source: union
+            tokens:
+              <|im_end|>: b
+              <|user|>: {source: {model: a, token: <|im_start|>}, force: true}
+              <|new|>: zero
+              <|five|>: {model: b, id: 5}
+    """
+    made = ours(dedent(text), three / "out")
+    expected = (row(three / "a", "<|im_end|>") + row(three / "b", "<|im_end|>")) / 2
+    torch.testing.assert_close(row(made, "<|im_end|>"), expected)
+    assert torch.equal(row(made, "<|user|>"), row(three / "a", "<|im_start|>"))
+    assert torch.equal(row(made, "<|new|>"), torch.zeros(16))
+    assert torch.equal(row(made, "<|five|>"), weights(three / "b")["model.embed_tokens.weight"][5])
+
+
 def test_steps_and_layer_swaps_see_models_of_one_vocabulary(three: Path) -> None:
     made = ours(NESTED, three / "out")
     assert written(made)["vocab_size"] == len(auto(made))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, TypeVar
@@ -89,22 +89,29 @@ class Shared:
         """What a user should know of it."""
         if self._untold:
             return (f"the files of {self._first.label} do not show its tokens: their ids are taken to be the models'",)
-        told = []
-        for model in self.given:
-            if self._words[model] is None and self._tables[model].rows:
-                told.append(f"{model.label} has no tokenizer: its rows are taken to stand for the result's tokens")
-            left = self._tables[model].rows - self.vocabulary.rows
-            if left > 0 and (words := self._words[model]) is not None and len(words.ids) < self._tables[model].rows:
-                told.append(f"{model.label} has {left} rows more than the result: not every model is padded so far")
-            told += [f"{model.label}: {key} names tokens that the result lacks" for key in self._dressed[model][1]]
-            beside = self._tables[model].beside() if self._moved(model) is not None else []
-            if beside:
-                told.append(f"{model.label}: taken for no tables of tokens, and left as they are: {some(beside)}")
+        told = [note for model in self.given for note in self._told(model)]
         missing = [word for word in self.vocabulary.ids if all(word not in self._ids(model) for model in self.given)]
         missing = [word for word in missing if word not in self.rules]
         if missing:
             told.append(f"no model has rows for {len(missing)} tokens, which get zeros: {some(map(repr, missing))}")
         return tuple(told)
+
+    def _told(self, model: Checkpoint) -> Iterator[str]:
+        """Say what becomes of one model."""
+        tables, words, rows = self._tables[model], self._words[model], self.vocabulary.rows
+        if words is None and tables.rows:
+            yield f"{model.label} has no tokenizer: its rows are taken to stand for the result's tokens"
+        owned = self._maps.owners[self._every.index(model)].owned
+        if tables.rows and any(own != i for i, own in enumerate(owned)):
+            count = sum(1 for own in owned if own >= 0)
+            yield f"{model.label}: {count} of {rows} rows are its own, in the order of the result's vocabulary"
+        if words is not None and tables.rows > rows and len(words.ids) < tables.rows:
+            yield f"{model.label} has {tables.rows - rows} rows more than the result: not every model is padded so far"
+        for key in self._dressed[model][1]:
+            yield f"{model.label}: {key} names tokens that the result lacks"
+        beside = tables.beside() if self._moved(model) is not None else []
+        if beside:
+            yield f"{model.label}: taken for no tables of tokens, and left as they are: {some(beside)}"
 
     # ---- what is there
 
