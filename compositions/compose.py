@@ -219,9 +219,11 @@ def _keeps_vocabularies(body: Body) -> bool:
 
 
 def _place(document: Document, where: str) -> str:
-    """Give the line of a key of the tokenizer: `tokens.<s>`."""
+    """Give the line of a key of the tokenizer, `tokens.<s>`, or the line of the tokenizer and a file."""
     key, _, token = where.partition(".")
-    return document.where(("output", "tokenizer", *filter(None, (key, token))))
+    if key in ("", "source", "tokens"):
+        return document.where(("output", "tokenizer", *filter(None, (key, token))))
+    return f"{document.where(('output', 'tokenizer'))}: {where}"
 
 
 def _keys(dotted: str) -> Iterator[str | int]:

@@ -77,35 +77,54 @@ class _Rows:
         last, at = -(-span.stop // self.width), span.start
         while at < span.stop:
             row = at // self.width
-            end = min(self._end(row, last) * self.width, span.stop)
-            self._fill(result[at - span.start : end - span.start], row, at % self.width, read, prepared)
-            at = end
+            end = self._end(row, last)
+            stop = min(end * self.width, span.stop)
+            self._fill(result[at - span.start : stop - span.start], slice(row, end), at % self.width, read, prepared)
+            at = stop
         return result
 
     def _end(self, row: int, last: int) -> int:
-        """Find where a run of rows ends that can be made in one go, at most at `last`."""
+        """Find where the rows end, at most at `last`, that are made in one go with this one."""
         source, origin = self.rows.source, self.rows.row
         end = row + 1
         if source[row] in (MEAN, FILL):
             return end
-        stride = 0 if source[row] == ZERO else 1
-        while end < last and source[end] == source[row] and origin[end] == origin[row] + stride * (end - row):
+        while end < last and source[end] == source[row]:
             end += 1
-        return end
+        if source[row] == ZERO or max(origin[row:end]) - min(origin[row:end]) < 2 * (end - row):
+            return end  # not much else lies between them
+        return row + _ascending(origin, row, end)
 
-    def _fill(self, values: Tensor, row: int, offset: int, read: Read, mean: Tensor | None) -> None:
-        """Fill the entries from `offset` of a row on; they are zeros."""
+    def _fill(self, values: Tensor, rows: slice, offset: int, read: Read, mean: Tensor | None) -> None:
+        """Fill the entries from `offset` of the first of some rows on; they are zeros."""
+        row = rows.start
         source = self.rows.source[row]
         if source >= 0:
-            values.copy_(self._read(read, source, self.rows.row[row], offset, len(values)))
+            values.copy_(self._rows(read, source, self.rows.row[row : rows.stop], offset, len(values)))
         elif source == FILL and mean is not None:
             values.copy_(mean[offset : offset + len(values)])
         elif source == MEAN:
             owners = [(table, owned[row]) for table, owned in enumerate(self.rows.owned) if owned[row] >= 0]
             for table, own in owners:
-                values += self._read(read, table, own, offset, len(values)).to(values.dtype)
+                values += self._rows(read, table, array("i", [own]), offset, len(values)).to(values.dtype)
             values /= len(owners)
 
-    def _read(self, read: Read, table: int, row: int, offset: int, count: int) -> Tensor:
-        start = row * self.width + offset
-        return read(table, slice(start, start + count))
+    def _rows(self, read: Read, table: int, rows: array[int], offset: int, count: int) -> Tensor:
+        """Read rows of a table, from `offset` of the first on, so many entries."""
+        if _ascending(rows, 0, len(rows)) == len(rows):
+            start = rows[0] * self.width + offset
+            return read(table, slice(start, start + count))
+        import torch
+
+        low = min(rows)
+        block = read(table, slice(low * self.width, (max(rows) + 1) * self.width)).view(-1, self.width)
+        found = block[torch.tensor(rows) - low].reshape(-1)
+        return found[offset : offset + count]
+
+
+def _ascending(rows: array[int], first: int, end: int) -> int:
+    """Count the numbers from `first` on of which each follows the one before."""
+    count = 1
+    while first + count < end and rows[first + count] == rows[first] + count:
+        count += 1
+    return count
