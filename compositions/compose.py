@@ -123,7 +123,7 @@ class _Composer:
 
     def _commonest_template(self) -> str | None:
         """Give the chat template that most of the models have; of equals the first named one's."""
-        opened = [one for one in dict.fromkeys(self._made.values()) if isinstance(one, StoredCheckpoint)]
+        opened = [one for one in self._made.values() if isinstance(one, StoredCheckpoint)]
         count = Counter(found for one in opened if (found := one.companions.chat_template))
         return count.most_common(1)[0][0] if count else None
 

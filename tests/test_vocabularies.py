@@ -656,6 +656,18 @@ def test_equal_vocabularies_are_copied_byte_for_byte(three: Path) -> None:
         assert (out / name).read_bytes() == (three / "a" / name).read_bytes()
 
 
+def test_equal_tokenizers_keep_tokens_without_rows(three: Path) -> None:
+    words = auto(three / "a")
+    words.add_tokens(["<UNUSED>"])
+    words.save_pretrained(three / "a")
+    shutil.copytree(three / "a", three / "c")
+    made = ours("merge: {linear: {models: [a, c]}}\noutput: {tokenizer: a}", three / "out")
+    assert (made / "tokenizer.json").read_bytes() == (three / "a" / "tokenizer.json").read_bytes()
+    (three / "recipe.yaml").write_text("merge: {linear: {models: [base, c]}}\noutput: {tokenizer: a}")
+    note = "a has no rows for 1 tokens, which are left out: '<UNUSED>'"
+    assert note in merge.make_plan(compose(load(three / "recipe.yaml"))).notes
+
+
 def test_tied_heads_stay_tied(models: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 

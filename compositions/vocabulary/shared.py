@@ -68,7 +68,9 @@ class Shared:
     @cached_property
     def models(self) -> tuple[Checkpoint, ...]:
         """The models, with the vocabulary."""
-        if self._untold:
+        if not self.given:
+            raise MergeError("models", "there are none")
+        if self._equal or self._untold:
             return self.given
         self._refuse()
         return tuple(self._seen(model) for model in self.given)
@@ -76,7 +78,15 @@ class Shared:
     @property
     def donor(self) -> Checkpoint:
         """The model whose tokenizer it is, with the vocabulary's files."""
-        return self._first if self._untold else self._dressed[self._first][0]
+        return self._first if self._equal or self._untold else self._dressed[self._first][0]
+
+    @cached_property
+    def _equal(self) -> bool:
+        """Tell whether there is nothing to do: all have the same tokenizer and as many rows."""
+        alike = {(_digest(model.companions), self._tables[model].rows) for model in self._every}
+        padded = self.multiple is None or self._tables[self._first].rows % self.multiple == 0
+        known = bool(self._first.companions.tokenizer_files) and not self._first.companions.derived
+        return len(alike) == 1 and padded and known and not self.rules
 
     @cached_property
     def _untold(self) -> bool:
@@ -87,9 +97,16 @@ class Shared:
     @cached_property
     def notes(self) -> tuple[str, ...]:
         """What a user should know of it."""
+        if self._equal:
+            return ()
         if self._untold:
             return (f"the files of {self._first.label} do not show its tokens: their ids are taken to be the models'",)
         told = [note for model in self.given for note in self._told(model)]
+        whole = self._written[self._first]
+        cut = [word for word in whole.ids if word not in self.vocabulary.ids] if whole is not None else []
+        if cut:
+            shown = some(map(repr, cut))
+            told.append(f"{self._first.label} has no rows for {len(cut)} tokens, which are left out: {shown}")
         missing = [word for word in self.vocabulary.ids if all(word not in self._ids(model) for model in self.given)]
         missing = [word for word in missing if word not in self.rules]
         if missing:
@@ -130,18 +147,26 @@ class Shared:
         return dict(zip(self._every, _each(self._every, tables_of), strict=True))
 
     @cached_property
-    def _words(self) -> dict[Checkpoint, Words | None]:
-        """The tokens that each model has rows for."""
+    def _written(self) -> dict[Checkpoint, Words | None]:
+        """The tokens of each model's tokenizer."""
         known: dict[bytes, Words | None] = {}
 
         def words(model: Checkpoint) -> Words | None:
             digest = _digest(model.companions)
             if digest not in known or FILE in model.companions.derived:
                 known[digest] = words_of(model.companions)
-            found, rows = known[digest], self._tables[model].rows
-            return found.below(rows) if found is not None and rows else found
+            return known[digest]
 
         return dict(zip(self._every, _each(self._every, words), strict=True))
+
+    @cached_property
+    def _words(self) -> dict[Checkpoint, Words | None]:
+        """The tokens that each model has rows for."""
+        rows = {model: tables.rows for model, tables in self._tables.items()}
+        return {
+            model: found and (found.below(rows[model]) if rows[model] else found)
+            for model, found in self._written.items()
+        }
 
     def _ids(self, model: Checkpoint) -> Mapping[str, int]:
         words = self._words[model]
