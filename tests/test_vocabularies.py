@@ -566,6 +566,32 @@ def test_a_model_without_a_tokenizer_is_refused_where_its_rows_do_not_fit(three:
     ]
 
 
+@pytest.mark.parametrize(
+    ("written_", "found"),
+    [
+        ({"model": {"vocab": [1, 2]}}, "is no tokenizer (TypeError"),
+        ({"model": {"vocab": {"e": 0}}, "added_tokens": [{"id": 1}]}, "is no tokenizer (KeyError('content'))"),
+        ({"model": {"vocab": {"e": 10**12}}}, "gives 'e' the id 1000000000000"),
+        ({"model": {"vocab": {"e": -1}}}, "gives 'e' the id -1"),
+        ({"model": {"vocab": {"e": "0"}}}, "is no tokenizer (TypeError"),
+        ({"model": 5}, "is no tokenizer (AttributeError"),
+    ],
+)
+def test_a_tokenizer_that_is_none_is_named(three: Path, written_: Any, found: str) -> None:
+    (three / "a" / "tokenizer.json").write_text(json.dumps(written_))
+    (one,) = said("merge: {linear: {models: [base, a]}}\noutput: {tokenizer: {source: union}}", three)
+    assert one.strip().startswith(f"{three / 'a' / 'tokenizer.json'}: {found}")
+
+
+def test_words_of_the_tokenizer_are_no_names_of_models(three: Path) -> None:
+    text = """
+        models: {union: a}
+        merge: {linear: {models: [base, union]}}
+        output: {tokenizer: {source: union}}
+    """
+    assert said(text, three) == ["1: 'union' is a word of output.tokenizer (call it something else)"]
+
+
 def test_without_a_tokenizer_other_vocabularies_are_refused_with_the_cure(three: Path) -> None:
     found = said("merge: {linear: {models: [base, a]}}", three)
     assert [one for one in found if "embed_tokens" in one and "tokenizer: NAME" in one]

@@ -23,7 +23,7 @@ from .lines import Document, KeyPath, read
 from .operator_body import Finding, OperatorBody, SliceBody, each_slice, operator_arguments
 from .reference import Reference, references
 from .schema import schema_of, validated
-from .tokenizer import TokenizerBody
+from .tokenizer import UNION, ZERO, TokenizerBody
 
 _KEYS = ("models", "steps", "merge", "output")
 
@@ -228,6 +228,9 @@ class _Reader:
                 elif reference.path in steps and not reference.may_be_step:
                     what = f"{reference.path!r} is a step; adapters and sparse fine-tunes are read from disk"
                     self._wrong(path, what, "build it first, by a recipe of its own")
+        for name in sorted({UNION, ZERO} & {*names} if output.tokenizer is not None else ()):
+            section = "models" if name in models else "steps"
+            self._wrong((section, name), f"{name!r} is a word of output.tokenizer", "call it something else")
         asked = output.tokenizer.references(("output", "tokenizer")) if output.tokenizer is not None else ()
         for path, reference in asked:
             if reference.path not in names:

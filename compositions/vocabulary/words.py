@@ -16,6 +16,7 @@ FILE = "tokenizer.json"
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _MORE = ("extra_special_tokens", "additional_special_tokens")
 _FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+_MOST = 1 << 24  # ids below; no vocabulary is nearly as large
 _WITH_VOCABULARY = ("vocab.txt", "vocab.json", "*.model", "*.spm", "*.tiktoken", "tekken.json")
 
 
@@ -66,12 +67,29 @@ def words_of(companions: Companions) -> Words | None:
     found = definition(companions)
     if found is None:
         return None
+    try:
+        words = _words(found, companions)
+        odd = next((word for word, i in words.ids.items() if type(i) is not int or not 0 <= i < _MOST), None)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(_place(companions), f"is no tokenizer ({error!r})") from error
+    if odd is not None:
+        raise CheckpointError(_place(companions), f"gives {odd!r} the id {words.ids[odd]!r}")
+    return words
+
+
+def _words(found: Mapping[str, Any], companions: Companions) -> Words:
     table = found.get("model", {}).get("vocab", {})
     ids = dict(table) if isinstance(table, Mapping) else {str(piece[0]): i for i, piece in enumerate(table)}
     own = found.get("added_tokens") or ()
     ids |= {token["content"]: token["id"] for token in own}
     words = Words(ids, {token["content"]: token for token in sorted(own, key=lambda token: int(token["id"]))})
     return words.with_added([*_told(companions, words)])
+
+
+def _place(companions: Companions) -> str:
+    """Name the file, or the folder, of a tokenizer."""
+    path = companions.files.get(FILE) or next(iter(companions.tokenizer_files.values()))
+    return str(path)
 
 
 def definition(companions: Companions) -> dict[str, Any] | None:
