@@ -901,5 +901,15 @@ def test_a_bundle_is_brought_to_the_vocabulary_of_its_last_document(models: Path
     assert_alike(made, theirs(flat, tmp_path / "theirs"))
 
 
+def test_a_union_has_the_same_bytes_for_any_number_of_threads(three: Path) -> None:
+    (three / "recipe.yaml").write_text(NESTED)
+    outs = []
+    for threads in (1, 4):
+        outs.append(three / f"out{threads}")
+        merge.build(compose(load(three / "recipe.yaml")), outs[-1], threads=threads)
+    for name in ("model.safetensors", "tokenizer.json", "tokenizer_config.json", "config.json"):
+        assert (outs[0] / name).read_bytes() == (outs[1] / name).read_bytes()
+
+
 def test_every_difference_has_a_test() -> None:
     assert DIFFERENT.keys() == _TESTED
