@@ -30,14 +30,8 @@ SET_UP = (
     'pip install -c constraints.txt ".[test]" && pytest',
 )
 LAYERS = (  # a file imports only from layers above its own
-    (
-        "merge.files",
-        "merge.adapters",
-        "merge.sparse",
-        "merge.compiled",
-        "merge.plugins",
-    ),  # packages that only say what they are
-    ("compositions.mergekit", "compositions.recipe"),
+    ("merge.files", "merge.adapters", "merge.sparse", "merge.compiled", "merge.plugins"),  # they only say what they are
+    ("compositions.mergekit", "compositions.recipe", "compositions.vocabulary"),
     ("merge.compiled.build_hook", "merge.compiled.library"),
     ("merge.errors", "merge.form", "merge.names", "merge.kernels", "merge.files.storage", "merge.units"),
     ("merge.dtypes", "merge.operator", "merge.adapters.bottleneck_config"),
@@ -54,7 +48,7 @@ LAYERS = (  # a file imports only from layers above its own
     ("merge.compiled.making", "merge.byte_copies"),
     ("merge.stored", "merge.composed", "merge.in_memory", "merge.sparse.selection"),
     ("merge.adapters.adapter", "merge.adapters.bottleneck", "merge.surveyed"),
-    ("merge.sparse.fingerprint", "merge.sparse.entries", "merge.sparse.file"),
+    ("merge.sparse.fingerprint", "merge.sparse.entries", "merge.sparse.file", "merge.rows"),
     ("merge.plan",),
     ("merge.adapters.low_rank", "merge.adapters.decomposition"),
     ("merge.receipt", "merge.describe.bottleneck", "merge.describe.sparse"),
@@ -76,7 +70,17 @@ LAYERS = (  # a file imports only from layers above its own
     ("compositions.training.*",),
     ("compositions.training",),
     ("compositions.lora_folder", "compositions.mergekit.references", "compositions.tensorwise"),
-    ("compositions.combine_lora", "compositions.mergekit.merge", "compositions.recipe.operator_body"),
+    ("compositions.vocabulary.words", "compositions.vocabulary.tables", "compositions.vocabulary.*_*"),
+    ("compositions.vocabulary.target",),
+    ("compositions.vocabulary.row_maps",),
+    ("compositions.vocabulary.shared",),
+    (
+        "compositions.combine_lora",
+        "compositions.mergekit.merge",
+        "compositions.mergekit.tokenizer",
+        "compositions.recipe.operator_body",
+        "compositions.recipe.tokenizer",
+    ),
     ("compositions.*",),
     ("compositions.recipe.reading", "compositions.reference_page"),
     ("compositions.compose",),
@@ -239,10 +243,12 @@ def test_compositions_has_exactly_these_public_names() -> None:
         "Exponential",
         "Overlap",
         "Recipe",
+        "RowOf",
         "Rule",
         "Slice",
         "Soup",
         "Term",
+        "TokenRule",
         "Try",
         "Zone",
         "accumulative_averages",
@@ -269,6 +275,7 @@ def test_compositions_has_exactly_these_public_names() -> None:
         "swap_lora",
         "tensorwise",
         "training",
+        "with_vocabulary",
     ]
     assert all(hasattr(compositions, name) for name in compositions.__all__)
 
