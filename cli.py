@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +27,7 @@ from portmanteau.compositions.recipe import text as recipe_text
 from portmanteau.merge import describe
 from portmanteau.merge.execute import MEMORY, Limits
 from portmanteau.merge.output import check_file
+from portmanteau.merge.shown import json_text, printable, printable_lines
 from portmanteau.merge.units import byte_count, readable
 
 if TYPE_CHECKING:
@@ -106,8 +106,8 @@ def plan(recipe: Recipe, threads: Threads = None, memory: Memory = MEMORY, as_js
     if not made.pending:
         _table(("operator", "of", "settings", "tensors", "bytes", "because of"), rows)
     for survey in summary["surveys"]:
-        typer.echo(f"survey first: {survey['title']}, reads {readable(survey['bytes'])} each time")
-    typer.echo(
+        _print(f"survey first: {survey['title']}, reads {readable(survey['bytes'])} each time")
+    _print(
         f"reads {readable(summary['bytes_read'])}, writes {_most(made)}, "
         f"in flight at most {readable(summary['bytes_in_flight'])}"
     )
@@ -125,14 +125,14 @@ def check(recipe: Recipe, as_json: Json = False) -> None:
         )
     else:
         count = "tensors that a survey will tell" if made.pending else f"{len(made.steps)} tensors"
-        typer.echo(f"{recipe}: good; it makes {count}, {_most(made)}")
+        _print(f"{recipe}: good; it makes {count}, {_most(made)}")
         _notes(made.notes)
 
 
 @app.command()
 def convert(recipe: Recipe) -> None:
     """Print a mergekit YAML as a recipe of portmanteau's own, which builds the same bytes."""
-    typer.echo(recipe_text.written(load(recipe).document.value), nl=False)
+    _print(recipe_text.written(load(recipe).document.value).rstrip("\n"))
 
 
 @app.command()
@@ -152,7 +152,7 @@ def show(
     if as_json:
         _print_json(entry)
         return
-    typer.echo(f"{entry['name']} ({entry['kind']})\n\n{entry['text']}\n\nsource: {entry['source']}\n")
+    _print(f"{entry['name']} ({entry['kind']})\n\n{entry['text']}\n\nsource: {entry['source']}\n")
     settings = [(s["name"], s["type"], s["default"], s["description"]) for s in entry["settings"]]
     _table(("setting", "type", "default", "meaning"), settings)
 
@@ -168,9 +168,9 @@ def inspect(
     if as_json:
         _print_json(found)
         return
-    typer.echo(f"{checkpoint}: {found['tensors']} tensors, {found['entries']:,} entries, {readable(found['bytes'])}")
+    _print(f"{checkpoint}: {found['tensors']} tensors, {found['entries']:,} entries, {readable(found['bytes'])}")
     for about in found.get("about", ()):
-        typer.echo("; ".join(f"{key.replace('_', ' ')}: {value}" for key, value in about.items()))
+        _print("; ".join(f"{key.replace('_', ' ')}: {value}" for key, value in about.items()))
     groups = [(r["where"], r["layers"], str(r["tensors"]), readable(r["bytes"]), r["dtypes"]) for r in found["groups"]]
     _table(("where", "layers", "tensors", "bytes", "dtypes"), groups)
     if tensors:
@@ -283,7 +283,12 @@ def _most(made: merge.Plan) -> str:
 
 
 def _say(text: str) -> None:
-    typer.echo(text, err=True)
+    """Print on stderr. This and the next three are all that prints: nothing that strangers wrote goes out raw."""
+    typer.echo(printable_lines(text), err=True)
+
+
+def _print(text: str) -> None:
+    typer.echo(printable_lines(text))
 
 
 def _notes(notes: Sequence[str]) -> None:
@@ -292,7 +297,7 @@ def _notes(notes: Sequence[str]) -> None:
 
 
 def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+    typer.echo(json_text(value, indent=2, default=str))
 
 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -305,7 +310,7 @@ def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 1000)
     table = Table(*titles, box=box.SIMPLE_HEAD, pad_edge=False)
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     console.print(table)
 
 
@@ -317,7 +322,7 @@ def _drawn_progress() -> Iterator[merge.Progress]:
 
     console = Console(stderr=True)
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(),
         TextColumn("{task.fields[done]}/{task.fields[tensors]} tensors"),
@@ -343,7 +348,7 @@ class _Drawn(merge.Progress):
     def begin(self, title: str, nbytes: int, tensors: int) -> None:
         """Begin a bar."""
         self._done = 0
-        self._task = self._bars.add_task(title, total=nbytes, done=0, tensors=tensors)
+        self._task = self._bars.add_task(printable(title), total=nbytes, done=0, tensors=tensors)
 
     def advance(self, nbytes: int, tensors: int = 0) -> None:
         """Move the bar on."""

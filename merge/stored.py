@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from .checkpoint import Checkpoint
-from .companions import Companions, gather, read_json
+from .companions import Companions, gather
 from .dtypes import torch_shape
 from .errors import CheckpointError, Mistake, nearest, some
-from .files import hub
+from .files import hub, places
+from .files.json_file import TABLE_BYTES, read_json
 from .files.safetensors_file import SafetensorsFile
 from .files.torch_file import TorchFile
+from .files.weight_file import WeightFile
 from .node import Source
 from .tensor_spec import TensorSpec
 
@@ -24,24 +26,6 @@ _WHOLE = ("model.safetensors", "pytorch_model.bin")
 _LEGACY = (".bin", ".pt", ".pth")
 _AGAIN = "download the folder again"
 _MIXED = "index and shards come from different saves: download the folder again"
-
-
-class WeightFile(Protocol):
-    """What a checkpoint needs of one file of weights."""
-
-    path: Path
-    metadata: dict[str, str]
-    specs: dict[str, TensorSpec]
-
-    @property
-    def digest(self) -> str:
-        """A digest of what the file says it holds."""
-
-    def read_into(self, name: str, buffer: memoryview, at: int = 0) -> None:
-        """Fill a buffer with stored bytes of one tensor."""
-
-    def read(self, name: str, part: slice) -> Tensor:
-        """Read a flat run of entries."""
 
 
 class StoredCheckpoint(Checkpoint):
@@ -98,15 +82,18 @@ def open(reference: str | Path, *, revision: str | None = None, label: str | Non
 
     Raises CheckpointError where there is nothing, or where what is there is not a whole checkpoint.
     """
-    path = Path(reference).expanduser()
+    path = places.user_path(reference)
     label = label or str(reference)
-    if path.is_dir():
+    kind = places.kind(path)
+    if kind == "folder":
         return StoredCheckpoint(label, _open_folder(path), gather(path), revision)
-    if path.is_file():
+    if kind == "file":
         return StoredCheckpoint(label, [_open_file(path)], gather(path.parent), revision)
     text = str(reference)
+    if kind == "other":
+        raise CheckpointError(text, "is neither a file nor a folder", "devices and pipes are not opened")
     if not hub.is_hub_id(text) or (isinstance(reference, Path) and path.is_absolute()):
-        known = [sibling.name for sibling in path.parent.glob("*")] if path.parent.is_dir() else []
+        known = places.neighbours(path)
         hint = nearest(path.name, known) if known else f"there is no folder {path.parent} either"
         raise CheckpointError(text, "no such file or folder", hint)
     repository, _, tag = text.partition("@")
@@ -134,8 +121,8 @@ def _open_folder(folder: Path) -> list[WeightFile]:
         if has_index:
             return _open_shards(folder, index)
         if has_whole:
-            return [_open_file(folder / whole)]
-    return [_open_file(_only_file(folder))]
+            return [_open_file(places.refuse_link(folder / whole, folder))]
+    return [_open_file(places.refuse_link(_only_file(folder), folder))]
 
 
 def _only_file(folder: Path) -> Path:
@@ -158,8 +145,8 @@ def _only_file(folder: Path) -> Path:
 
 def _open_shards(folder: Path, index: str) -> list[WeightFile]:
     """Open the shards that an index names. Every shard that is missing or not whole is reported, not only the first."""
-    path = folder / index
-    where_of = read_json(path).get("weight_map")
+    path = places.refuse_link(folder / index, folder)
+    where_of = read_json(path, TABLE_BYTES).get("weight_map")
     if not isinstance(where_of, dict) or not all(isinstance(name, str) for name in where_of.values()):
         raise CheckpointError(str(path), "has no weight_map from tensor names to files", _AGAIN)
     if not where_of:
@@ -167,14 +154,14 @@ def _open_shards(folder: Path, index: str) -> list[WeightFile]:
     mistakes: list[Mistake] = []
     files: list[WeightFile] = []
     for name in sorted(set(where_of.values())):
-        if Path(name).name != name or "\\" in name or name == "..":
+        if Path(name).name != name or "\\" in name or "\0" in name or name == "..":
             hint = "shards lie beside their index: a checkpoint never reaches into other folders"
             mistakes.append(Mistake(str(path), f"names the file {name!r}, outside its folder", hint))
-        elif not (folder / name).is_file():
+        elif places.kind(folder / name) != "file":
             mistakes.append(Mistake(str(path), f"names the file {name}, which is missing", _AGAIN))
         else:
             try:
-                files.append(_open_file(folder / name))
+                files.append(_open_file(places.refuse_link(folder / name, folder)))
             except CheckpointError as error:
                 mistakes.extend(error.mistakes)
     if not mistakes:

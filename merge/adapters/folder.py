@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CheckpointError, nearest
-from ..files import hub
+from ..files import hub, places
 
 CONFIG = "adapter_config.json"  # both peft and adapters call it so
 
@@ -35,15 +35,18 @@ def locate(
     Raises CheckpointError where there is no folder, or none with an adapter's config.
 
     """
-    path, text, repository = Path(reference).expanduser(), str(reference), None
-    if not path.exists() and hub.is_hub_id(text) and not (isinstance(reference, Path) and path.is_absolute()):
+    path, text, repository = places.user_path(reference), str(reference), None
+    kind = places.kind(path)
+    if kind == "nothing" and hub.is_hub_id(text) and not (isinstance(reference, Path) and path.is_absolute()):
         repository, _, tag = text.partition("@")
         path = hub.download(repository, revision or tag or None, kinds, also)
         revision = path.name
-    if not path.is_dir():
-        known = [sibling.name for sibling in path.parent.glob("*")] if path.parent.is_dir() else []
-        hint = "name the folder that holds it" if path.is_file() else nearest(path.name, known) if known else ""
-        raise CheckpointError(text, "an adapter is a folder" if path.is_file() else "no such folder", hint)
+        kind = "folder"
+    if kind != "folder":
+        known = places.neighbours(path)
+        hint = "name the folder that holds it" if kind == "file" else nearest(path.name, known) if known else ""
+        raise CheckpointError(text, "an adapter is a folder" if kind == "file" else "no such folder", hint)
     if not (path / CONFIG).is_file():
         raise CheckpointError(str(path), f"holds no {CONFIG}", f"an adapter folder is what {written_by} writes")
+    places.refuse_link(path / CONFIG, path)
     return AdapterFolder(path, revision, repository)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ..companions import is_companion, read_json
+from ..companions import is_companion
 from ..errors import CheckpointError
+from .json_file import TABLE_BYTES, read_json
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?|[A-Za-z0-9][\w.-]*@[\w./-]+")
 Kinds = tuple[tuple[str, str], ...]  # names of weight files: whole, and the index of shards; the best first
@@ -90,9 +91,10 @@ def _needed(repository: str, revision: str | None, names: list[str], kinds: Kind
     companions = [name for name in names if is_companion(name)]
     for whole, index in kinds:
         if index in names:
-            shards = read_json(Path(hf_hub_download(repository, index, revision=revision))).get("weight_map")
+            shards = read_json(Path(hf_hub_download(repository, index, revision=revision)), TABLE_BYTES).get("weight_map")
             found = shards.values() if isinstance(shards, dict) else ()
-            return [*companions, index, *dict.fromkeys(name for name in found if name in names)]
+            listed = set(names)
+            return [*companions, index, *dict.fromkeys(one for one in found if isinstance(one, str) and one in listed)]
         if whole in names:
             return [*companions, whole]
     top = [name for name in names if "/" not in name and not NOT_WEIGHTS.fullmatch(name)]
