@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from .checkpoint import Checkpoint
@@ -12,6 +13,7 @@ from .dtypes import torch_shape
 from .errors import CheckpointError, Mistake, nearest, some
 from .files import hub, places
 from .files.json_file import TABLE_BYTES, read_json
+from .files.remote_file import RemoteFile
 from .files.safetensors_file import SafetensorsFile
 from .files.torch_file import TorchFile
 from .files.weight_file import WeightFile
@@ -57,6 +59,11 @@ class StoredCheckpoint(Checkpoint):
         self.specs: Mapping[str, TensorSpec] = {name: file.specs[name] for name, file in self._file.items()}
 
     @property
+    def bytes_to_download(self) -> int:
+        """The bytes of those files on the Hub of which only the headers are here."""
+        return sum(file.size for file in self.files if isinstance(file, RemoteFile))
+
+    @property
     def folder(self) -> Path:
         """The folder of its files."""
         return self.files[0].path.parent
@@ -77,8 +84,12 @@ class StoredCheckpoint(Checkpoint):
         self._file[name].read_into(name, buffer, at)
 
 
-def open(reference: str | Path, *, revision: str | None = None, label: str | None = None) -> StoredCheckpoint:
+def open(
+    reference: str | Path, *, revision: str | None = None, label: str | None = None, weights: bool = True
+) -> StoredCheckpoint:
     """Open a folder, a `.safetensors` or `.bin` file, or a Hub id `ORG/NAME[@REVISION]`, by its headers alone.
+
+    What is on the Hub is downloaded; with `weights=False` only the headers of its `.safetensors` files, to plan with.
 
     Raises CheckpointError where there is nothing, or where what is there is not a whole checkpoint.
     """
@@ -97,8 +108,10 @@ def open(reference: str | Path, *, revision: str | None = None, label: str | Non
         hint = nearest(path.name, known) if known else f"there is no folder {path.parent} either"
         raise CheckpointError(text, "no such file or folder", hint)
     repository, _, tag = text.partition("@")
-    folder = hub.download(repository, revision or tag or None)
-    return StoredCheckpoint(label, _open_folder(folder), gather(folder), folder.name, repository)
+    commit = revision or tag or None
+    found = hub.Glance(hub.download(repository, commit), {}) if weights else hub.glance(repository, commit)
+    files = _open_folder(found.folder, found.missing)
+    return StoredCheckpoint(label, files, gather(found.folder), found.folder.name, repository)
 
 
 def _open_file(path: Path) -> WeightFile:
@@ -111,17 +124,22 @@ def _open_file(path: Path) -> WeightFile:
     )
 
 
-def _open_folder(folder: Path) -> list[WeightFile]:
-    """Choose the weight files of a folder, in the order in which transformers would."""
+def _open_folder(folder: Path, missing: Mapping[str, RemoteFile] = MappingProxyType({})) -> list[WeightFile]:
+    """Choose the weight files of a folder, in the order in which transformers would.
+
+    `missing` are those that would be there if they were downloaded.
+    """
     for whole, index in zip(_WHOLE, _INDEXES, strict=True):
-        has_whole, has_index = (folder / whole).is_file(), (folder / index).is_file()
+        has_whole, has_index = whole in missing or (folder / whole).is_file(), (folder / index).is_file()
         if has_whole and has_index:
             hint = "one of them is left over from an earlier save: remove the one that is not meant"
             raise CheckpointError(str(folder), f"holds both {whole} and {index}", hint)
         if has_index:
-            return _open_shards(folder, index)
+            return _open_shards(folder, index, missing)
         if has_whole:
-            return [_open_file(places.refuse_link(folder / whole, folder))]
+            return [missing[whole] if whole in missing else _open_file(places.refuse_link(folder / whole, folder))]
+    if len(missing) == 1:
+        return [*missing.values()]
     return [_open_file(places.refuse_link(_only_file(folder), folder))]
 
 
@@ -143,7 +161,7 @@ def _only_file(folder: Path) -> Path:
     return found[0]
 
 
-def _open_shards(folder: Path, index: str) -> list[WeightFile]:
+def _open_shards(folder: Path, index: str, missing: Mapping[str, RemoteFile]) -> list[WeightFile]:
     """Open the shards that an index names. Every shard that is missing or not whole is reported, not only the first."""
     path = places.refuse_link(folder / index, folder)
     where_of = read_json(path, TABLE_BYTES).get("weight_map")
@@ -157,6 +175,8 @@ def _open_shards(folder: Path, index: str) -> list[WeightFile]:
         if Path(name).name != name or "\\" in name or "\0" in name or name == "..":
             hint = "shards lie beside their index: a checkpoint never reaches into other folders"
             mistakes.append(Mistake(str(path), f"names the file {name!r}, outside its folder", hint))
+        elif name in missing:
+            files.append(missing[name])
         elif places.kind(folder / name) != "file":
             mistakes.append(Mistake(str(path), f"names the file {name}, which is missing", _AGAIN))
         else:

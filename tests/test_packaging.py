@@ -46,6 +46,7 @@ LAYERS = (  # a file imports only from layers above its own
     ("merge.tensor_spec", "merge.files.torch_values", "merge.surveys", "merge.changes", "merge.operators.linear"),
     ("merge.thinning", "merge.inner_products", "merge.describe.tensors"),
     ("merge.files.safetensors_header", "merge.files.torch_archive", "merge.files.weight_file"),
+    ("merge.files.remote_file",),
     ("merge.companions", "merge.files.safetensors_file", "merge.files.torch_file", "merge.writer", "merge.operators.*"),
     ("merge.operators", "merge.files.hub", "merge.sparse.pytorch_diff"),
     ("merge.registry", "merge.adapters.folder"),

@@ -68,7 +68,7 @@ def _key_path(document: Document, path: KeyPath, location: tuple[Any, ...]) -> K
 def _known_keys(kind: Any, location: tuple[Any, ...]) -> list[str]:
     """Give the keys that are known at the place where pydantic found one too many."""
     known = getattr(kind, "model_fields", {})
-    if len(location) == 1 or location[0] not in known:
+    if len(location) <= 1 or location[0] not in known:
         return list(known)
     inside = list(_dataclasses(known[location[0]].annotation))
     meant = [one for one in inside if one.__name__ in location] or inside
