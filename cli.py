@@ -21,6 +21,7 @@ from portmanteau.compositions import (
     load,
     measured_by,
     overlaps,
+    preflight,
     reference_page,
 )
 from portmanteau.compositions.recipe import text as recipe_text
@@ -67,9 +68,12 @@ def build(
     as_json: Json = False,
 ) -> None:
     """Plan and build: write the model that a recipe asks for."""
-    loaded = load(recipe)
-    composed = compose(loaded)
+    ready = preflight(recipe, out, force=force)
+    loaded, composed = ready.recipe, ready.composed
     _notes(composed.notes)
+    if ready.bytes_to_download:
+        _say(f"downloads {readable(ready.bytes_to_download)} from the Hub")
+        composed = compose(loaded)
     with _drawn_progress() as progress:
         receipt = merge.build(
             composed,
@@ -92,8 +96,8 @@ def build(
 @app.command()
 def plan(recipe: Recipe, threads: Threads = None, memory: Memory = MEMORY, as_json: Json = False) -> None:
     """Show what a build would do, without reading any weights."""
-    loaded = load(recipe)
-    made = merge.make_plan(compose(loaded), loaded.output.dtype)
+    ready = preflight(recipe)
+    made = ready.plan
     limits = Limits.of(threads, memory)
     summary = describe.plan(made, limits.in_flight(made))
     if as_json:
@@ -107,6 +111,8 @@ def plan(recipe: Recipe, threads: Threads = None, memory: Memory = MEMORY, as_js
         _table(("operator", "of", "settings", "tensors", "bytes", "because of"), rows)
     for survey in summary["surveys"]:
         _print(f"survey first: {survey['title']}, reads {readable(survey['bytes'])} each time")
+    if ready.bytes_to_download:
+        _print(f"downloads {readable(ready.bytes_to_download)} first")
     _print(
         f"reads {readable(summary['bytes_read'])}, writes {_most(made)}, "
         f"in flight at most {readable(summary['bytes_in_flight'])}"
@@ -115,17 +121,22 @@ def plan(recipe: Recipe, threads: Threads = None, memory: Memory = MEMORY, as_js
 
 
 @app.command()
-def check(recipe: Recipe, as_json: Json = False) -> None:
-    """Check a recipe: its text, and the headers of all checkpoints that it names."""
-    loaded = load(recipe)
-    made = merge.make_plan(compose(loaded), loaded.output.dtype)
+def check(
+    recipe: Recipe,
+    out: Annotated[Path | None, typer.Argument(help="Where it is to be built.", show_default=False)] = None,
+    force: Annotated[bool, typer.Option(help="As for build: an earlier result there may be replaced.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Check a recipe: its text, the headers of all checkpoints that it names, and the place of the result."""
+    ready = preflight(recipe, out, force=force)
+    made, download = ready.plan, ready.bytes_to_download
     if as_json:
-        _print_json(
-            {"tensors": None if made.pending else len(made.steps), "bytes": made.bytes_written, "notes": made.notes}
-        )
+        about = {"tensors": None if made.pending else len(made.steps), "bytes": made.bytes_written}
+        _print_json({**about, "bytes_to_download": download, "notes": made.notes})
     else:
         count = "tensors that a survey will tell" if made.pending else f"{len(made.steps)} tensors"
-        _print(f"{recipe}: good; it makes {count}, {_most(made)}")
+        more = f", after a download of {readable(download)}" if download else ""
+        _print(f"{recipe}: good; it makes {count}, {_most(made)}{more}")
         _notes(made.notes)
 
 

@@ -15,6 +15,7 @@ from .layer_swap import layer_swap
 from .lora import lora
 from .metric_command import measured_by
 from .overlap import Overlap, overlaps
+from .preflight import Preflight, preflight
 from .recipe.reading import Recipe, load
 from .revert_sparse import revert_sparse
 from .slices import Slice, slices
@@ -30,6 +31,7 @@ __all__ = [
     "Ends",
     "Exponential",
     "Overlap",
+    "Preflight",
     "Recipe",
     "Rule",
     "Slice",
@@ -53,6 +55,7 @@ __all__ = [
     "lora",
     "measured_by",
     "overlaps",
+    "preflight",
     "revert_sparse",
     "slices",
     "sparse_fine_tune",

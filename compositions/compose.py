@@ -28,25 +28,28 @@ from .recipe.reference import Reference, references, replaced
 from .tensorwise import tensorwise
 
 
-def compose(recipe: Recipe) -> Composed | Surveyed:
+def compose(recipe: Recipe, *, weights: bool = True) -> Composed | Surveyed:
     """Open the checkpoints and put the result together, from headers alone.
+
+    Models on the Hub are downloaded; with `weights=False` only their headers are, and the result can be planned.
 
     Raises RecipeError with every mistake found: models that cannot be opened, that do not fit, settings they refuse.
     """
-    return _Composer(recipe).result()
+    return _Composer(recipe, weights).result()
 
 
 class _Composer:
     """Opens each reference once and composes each step once."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        self._recipe = recipe
+    def __init__(self, recipe: Recipe, weights: bool) -> None:
+        self._recipe, self._weights = recipe, weights
         self._made: dict[Reference, Any] = {}  # by each kind of reference what that kind opens
         self._under_way: list[str] = []
 
     def result(self) -> Composed | Surveyed:
         """Compose the recipe's result."""
         self._open_all()
+        self._compose_steps()
         merged, output = self._composed(self._recipe.merge), self._recipe.output
         companions = merged.companions
         if output.tokenizer is not None:
@@ -92,6 +95,17 @@ class _Composer:
         if mistakes:
             raise RecipeError.of({m.where.partition(": ")[2] + m.what: m for m in mistakes}.values())
 
+    def _compose_steps(self) -> None:
+        """Compose every step, and report all that do not fit together."""
+        mistakes: list[Mistake] = []
+        for name in self._recipe.steps:
+            try:
+                self._opened(Reference(path=name))
+            except PortmanteauError as error:
+                mistakes += error.mistakes
+        if mistakes:
+            raise RecipeError.of(mistakes)
+
     def _opened(self, reference: Reference) -> Any:
         """Give what a reference stands for: a step's result, or what its kind of reference opens; once for each."""
         if reference not in self._made:
@@ -106,7 +120,7 @@ class _Composer:
             return self._step(name)
         meant = self._recipe.models.get(name, reference)
         place = meant.path if meant.is_on_hub(folder) else meant.local(folder)
-        opened = reference.opener(place, revision=meant.revision, label=name)
+        opened = reference.opener(place, revision=meant.revision, label=name, weights=self._weights)
         return self._folded(opened, meant) if meant.lora else opened
 
     def _folded(self, base: Any, reference: Reference) -> Composed:
@@ -124,8 +138,10 @@ class _Composer:
             where = self._recipe.document.where(body.path)
             raise RecipeError(where, f"steps need each other: {' → '.join([*self._under_way, name])}")
         self._under_way.append(name)
-        made = self._composed(body)
-        self._under_way.pop()
+        try:
+            made = self._composed(body)
+        finally:
+            self._under_way.pop()
         if isinstance(made, Surveyed):
             where = self._recipe.document.where(body.path)
             raise RecipeError(where, f"{body.name} makes no model", "build it first, by a recipe of its own")

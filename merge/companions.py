@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -60,6 +61,11 @@ class Companions:
     derived: Mapping[str, Callable[[Path], None]] = field(default_factory=dict)
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of the files and texts."""
+        return sum(path.stat().st_size for path in self.files.values()) + sum(map(len, self.texts.values()))
+
+    @property
     def tokenizer_files(self) -> dict[str, Path]:
         """The files that make the tokenizer and its chat template."""
         return {name: path for name, path in self.files.items() if matches(f"{_TOKENIZER}|{_TEMPLATES}", name)}
@@ -103,6 +109,11 @@ def gather(folder: Path) -> Companions:
         Mistake(str(path), "no text that can be shown", "rename it")
         for name, path in files.items()
         if is_companion(name) and not name.isprintable()
+    ]
+    mistakes += [
+        Mistake(str(path), "there is no right to read it", "a result needs it beside its weights")
+        for name, path in files.items()
+        if is_companion(name) and not os.access(path, os.R_OK)
     ]
     if any(mistakes):
         raise CheckpointError.of(filter(None, mistakes))

@@ -19,6 +19,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save
 
 MAIN, OLD = "a" * 40, "b" * 40  # commits
@@ -378,7 +379,9 @@ def test_headers_alone_are_fetched_by_range_and_tell_all_that_a_plan_needs(hub: 
     assert found["bytes"] == len(weights(x=1)) + len(weights(y=2))
     assert "x: is on the Hub: only the header was read" in found["read"]
     assert hub.downloaded == {"model.safetensors.index.json", *COMPANIONS}
-    assert sorted(hub.ranges) == [f"{n} bytes=0-99999" for n in ("model-00001-of-00002.safetensors", "rest.safetensors")]
+    assert sorted(hub.ranges) == [
+        f"{n} bytes=0-99999" for n in ("model-00001-of-00002.safetensors", "rest.safetensors")
+    ]
 
 
 def test_a_header_longer_than_the_first_range_takes_a_second_one(hub: Hub) -> None:
@@ -407,3 +410,66 @@ def test_every_shard_on_the_hub_whose_size_its_header_contradicts_is_named(hub: 
     message = hub.open("org/cut", client=GLANCE)["error"]
     assert "org/cut/one.safetensors: not a whole safetensors file (4 bytes of data promised, 3 are there)" in message
     assert "org/cut/two.safetensors: not a whole safetensors file (4 bytes of data promised, 2 are there)" in message
+
+
+def command(*arguments: str | Path) -> list[str]:
+    code = "import sys; from portmanteau.cli import main; sys.argv[0] = 'portmanteau'; main()"
+    return [sys.executable, "-W", "error", "-c", code, *map(str, arguments)]
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """Write a recipe over two models of the Hub."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text("merge: {linear: {models: [org/versions, org/versions@old]}}\n")
+    return path
+
+
+def test_check_and_plan_of_hub_models_download_no_weights_and_build_does(
+    hub: Hub, recipe: Path, tmp_path: Path
+) -> None:
+    size = len(weights(x=1)) + len(weights(x=2))
+    found = json.loads(hub.run(command("check", recipe, tmp_path / "out", "--json")))
+    assert found == {"tensors": 1, "bytes": 4, "bytes_to_download": size, "notes": []}
+    assert f"downloads {size} B first" in hub.run(command("plan", recipe))
+    assert hub.downloaded == set()
+    hub.run(command("build", recipe, tmp_path / "out"))
+    assert hub.downloaded == {"model.safetensors"}
+    with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as made:
+        assert made.get_tensor("x").tolist() == [1.5]
+
+
+def test_what_is_wrong_with_hub_models_is_said_before_anything_is_downloaded(hub: Hub, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("merge: {linear: {models: [org/cut, org/nothing, org/versions]}}\n")
+    (tmp_path / "out").mkdir()
+    message = hub.run(command("build", path, tmp_path / "out"), status=1)
+    for part in ("one.safetensors: not a whole", "two.safetensors: not a whole", "no such model", "exists already"):
+        assert part in message
+    assert "one.safetensors" not in hub.downloaded
+
+
+def test_of_an_adapter_on_the_hub_only_the_header_is_fetched_to_plan(
+    hub: Hub, save_tensors: Any, tmp_path: Path
+) -> None:
+    save_tensors("base", {"q.weight": torch.ones(1, 1)})
+    path = tmp_path / "recipe.yaml"
+    path.write_text("merge: {lora: {base: base, adapters: [org/lora]}}\n")
+    message = hub.run(command("check", path), status=1)  # its factors are vectors here: what matters is what was asked
+    assert "shape" in message or "lora" in message
+    assert hub.downloaded == {"adapter_config.json", "tokenizer.json"}
+
+
+def test_nothing_is_asked_of_a_network_where_no_reference_names_the_hub(
+    hub: Hub, save_tensors: Any, tmp_path: Path
+) -> None:
+    for name in ("a", "b"):
+        save_tensors(name, {"x": torch.ones(2)})
+    path = tmp_path / "recipe.yaml"
+    path.write_text("merge: {linear: {models: [a, ./b]}}\n")
+    blocked = "import socket\ndef refuse(*_): raise AssertionError('a connection')\nsocket.socket.connect = refuse\n"
+    for words in (["check", path], ["build", path, tmp_path / "out"], ["inspect", tmp_path / "a"]):
+        run = command(*words)
+        run[run.index("-c") + 1] = blocked + run[run.index("-c") + 1]
+        hub.run(run)
+    assert hub.requests == []

@@ -121,7 +121,9 @@ class _Builder:
     def _is_forced(self, node: yaml.ScalarNode) -> bool:
         """Tell whether a tag makes a text a number, a truth value or nothing, which it does not look like."""
         is_plain = node.style is None
-        return bool(self._loader.resolve(yaml.ScalarNode, node.value, (is_plain, not is_plain)) != node.tag != _PLAIN[0])
+        return bool(
+            self._loader.resolve(yaml.ScalarNode, node.value, (is_plain, not is_plain)) != node.tag != _PLAIN[0]
+        )
 
     def _scalar(self, node: yaml.ScalarNode) -> Any:
         try:

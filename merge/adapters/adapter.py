@@ -11,9 +11,9 @@ from typing import Any
 from ..checkpoint import Checkpoint
 from ..companions import gather
 from ..errors import CheckpointError, Mistake
-from ..files import hub, places
+from ..files import hub
 from ..files.json_file import read_json
-from ..stored import StoredCheckpoint, open
+from ..stored import StoredCheckpoint
 from .folder import CONFIG, locate
 from .module_pattern import ModulePatterns
 
@@ -90,21 +90,24 @@ class Adapter:
         yield from self.saved
 
 
-def open_adapter(reference: str | Path, *, revision: str | None = None, label: str | None = None) -> Adapter:
+def open_adapter(
+    reference: str | Path, *, revision: str | None = None, label: str | None = None, weights: bool = True
+) -> Adapter:
     """Open a folder, or a Hub id `ORG/NAME[@REVISION]`, with a LoRA adapter, by config and header alone.
+
+    With `weights=False` only the header of what is on the Hub is fetched.
 
     Raises CheckpointError, with every mistake found, where there is none or where its arithmetic is not known here.
     """
-    found = locate(reference, revision, hub.ADAPTER, "peft's save_pretrained")
+    found = locate(reference, revision, hub.ADAPTER, "peft's save_pretrained", weights=weights)
     label, path = label or str(reference), found.path
     config = read_json(path / CONFIG)
     mistakes = [Mistake(str(path / CONFIG), what, hint) for what, hint in _refusals(config)]
-    files = [path / name for name, _ in hub.ADAPTER if (path / name).is_file()]
-    if not files:
+    file = found.weights(hub.ADAPTER)
+    if file is None:
         mistakes.append(Mistake(str(path), f"holds no {hub.ADAPTER[0][0]}", "save or download the adapter again"))
-    if mistakes:
+    if mistakes or file is None:
         raise CheckpointError.of(mistakes)
-    file = open(places.refuse_link(files[0], path), label=label).files[0]
     stored = StoredCheckpoint(label, [file], gather(path), found.revision, found.repository)
     return adapter_of(stored, config, str(file.path))
 

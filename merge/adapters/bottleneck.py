@@ -15,7 +15,7 @@ from ..errors import CheckpointError, Mistake, some
 from ..files import hub, places
 from ..files.json_file import read_json
 from ..form import Form
-from ..stored import StoredCheckpoint, open
+from ..stored import StoredCheckpoint
 from .bottleneck_config import current, is_invertible, refusals, width
 from .folder import CONFIG, locate
 
@@ -76,22 +76,25 @@ class Bottleneck:
         return json.dumps(found, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
-def open_bottleneck(reference: str | Path, *, revision: str | None = None, label: str | None = None) -> Bottleneck:
+def open_bottleneck(
+    reference: str | Path, *, revision: str | None = None, label: str | None = None, weights: bool = True
+) -> Bottleneck:
     """Open a folder, or a Hub id `ORG/NAME[@REVISION]`, with a bottleneck adapter, by config and header alone.
+
+    With `weights=False` only the header of what is on the Hub is fetched, where its file has one.
 
     Raises CheckpointError, with every mistake found, where there is none, or where config and weights do not agree.
     """
-    found = locate(reference, revision, hub.BOTTLENECK, "save_adapter of the library adapters", _HEAD)
+    found = locate(reference, revision, hub.BOTTLENECK, "save_adapter of the library adapters", _HEAD, weights=weights)
     label, path = label or str(reference), found.path
     config = read_json(path / CONFIG)
     mistakes = [Mistake(str(path / CONFIG), what, hint) for what, hint in refusals(config)]
-    files = [path / name for name, _ in hub.BOTTLENECK if (path / name).is_file()]
-    if not mistakes and not files:
+    file = None if mistakes else found.weights(hub.BOTTLENECK)
+    if not mistakes and file is None:
         names = " or ".join(name for name, _ in hub.BOTTLENECK)
         mistakes.append(Mistake(str(path), f"holds no {names}", _AGAIN))
-    if mistakes:
+    if mistakes or file is None:
         raise CheckpointError.of(mistakes)
-    file = open(places.refuse_link(files[0], path), label=label).files[0]
     stored = StoredCheckpoint(label, [file], Companions(), found.revision, found.repository)
     tensors = {_current_spelling(own): own for own in stored.specs}
     architecture = current(config, has_invertible=any(map(_INVERTIBLE.search, tensors)))

@@ -144,21 +144,23 @@ def _listed(repository: str, revision: str | None) -> _Listing | None:
     except (HTTPError, OSError):  # the download says why, if the cache cannot help
         pass
     try:
-        return _Listing([file.path for file in huggingface_hub.get_cached_repo_tree(repository, revision=revision)], None)
+        return _Listing(
+            [file.path for file in huggingface_hub.get_cached_repo_tree(repository, revision=revision)], None
+        )
     except Exception:  # a huggingface_hub that keeps no list, or a cache that one has filled: then it is not checked
         return None
 
 
-def _needed(
-    repository: str, revision: str | None, names: list[str], kinds: Kinds, also: tuple[str, ...]
-) -> list[str]:
+def _needed(repository: str, revision: str | None, names: list[str], kinds: Kinds, also: tuple[str, ...]) -> list[str]:
     """Choose the companions, and the weights: the shards of an index, one whole file, or else what there is."""
     from huggingface_hub import hf_hub_download
 
     companions = [name for name in names if is_companion(name) or name in also]
     for whole, index in kinds:
         if index in names:
-            shards = read_json(Path(hf_hub_download(repository, index, revision=revision)), TABLE_BYTES).get("weight_map")
+            shards = read_json(Path(hf_hub_download(repository, index, revision=revision)), TABLE_BYTES).get(
+                "weight_map"
+            )
             found = shards.values() if isinstance(shards, dict) else ()
             listed = set(names)
             return [*companions, index, *dict.fromkeys(one for one in found if isinstance(one, str) and one in listed)]

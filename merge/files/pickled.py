@@ -34,9 +34,7 @@ class Built:
     state: Any = None
 
 
-def unpickle(
-    raw: bytes, names: Mapping[str, Any], persistent: Callable[[Any], Any], at: int = 0
-) -> tuple[Any, int]:
+def unpickle(raw: bytes, names: Mapping[str, Any], persistent: Callable[[Any], Any], at: int = 0) -> tuple[Any, int]:
     """Carry out the pickle that begins at a byte; give its value, and where it ends.
 
     Args:
@@ -56,9 +54,7 @@ def unpickle(
 
 
 class _Machine:
-    def __init__(
-        self, raw: bytes, names: Mapping[str, Any], persistent: Callable[[Any], Any], at: int
-    ) -> None:
+    def __init__(self, raw: bytes, names: Mapping[str, Any], persistent: Callable[[Any], Any], at: int) -> None:
         self.at = at
         self._raw, self._names, self._persistent = raw, names, persistent
         self._stack: list[Any] = []

@@ -130,4 +130,6 @@ def _gaps(spans: list[tuple[int, int, str]], size: int, where: str) -> Iterator[
             return
         end = stop
     if end != size:
-        yield Mistake(where, f"not a whole safetensors file ({end:,} bytes of data promised, {size:,} are there)", _AGAIN)
+        yield Mistake(
+            where, f"not a whole safetensors file ({end:,} bytes of data promised, {size:,} are there)", _AGAIN
+        )

@@ -129,21 +129,39 @@ def in_memory(
     return SparseFineTune(label, stored, kept, base, dict(details or {}))
 
 
-def open_sparse(reference: str | Path, *, revision: str | None = None, label: str | None = None) -> SparseFineTune:
+def open_sparse(
+    reference: str | Path, *, revision: str | None = None, label: str | None = None, weights: bool = True
+) -> SparseFineTune:
     """Open a folder, or a Hub id `ORG/NAME[@REVISION]`, with a sparse fine-tune, in our form or the published one.
+
+    With `weights=False` only the header of what is on the Hub is fetched, where its file has one.
 
     Raises CheckpointError where there is none, or where the file contradicts itself.
     """
     path, text = places.user_path(reference), str(reference)
     label = label or text
-    if places.kind(path) == "nothing" and hub.is_hub_id(text) and not (isinstance(reference, Path) and path.is_absolute()):
+    kinds = ((WEIGHTS, ""), (PUBLISHED, ""))
+    if (
+        places.kind(path) == "nothing"
+        and hub.is_hub_id(text)
+        and not (isinstance(reference, Path) and path.is_absolute())
+    ):
         repository, _, tag = text.partition("@")
-        path = hub.download(repository, revision or tag or None, ((WEIGHTS, ""), (PUBLISHED, "")))
+        commit = revision or tag or None
+        found = (
+            hub.Glance(hub.download(repository, commit, kinds), {})
+            if weights
+            else hub.glance(repository, commit, kinds)
+        )
+        path = found.folder
+        if WEIGHTS in found.missing:
+            missing = StoredCheckpoint(label, [found.missing[WEIGHTS]], Companions())
+            return _ours(missing, path / WEIGHTS, label)
     if places.kind(path) == "nothing":
         known = places.neighbours(path)
         raise CheckpointError(text, "no such folder", nearest(path.name, known) if known else "")
-    found = [path] if path.is_file() else [path / name for name in (WEIGHTS, PUBLISHED)]
-    file = next((file for file in found if file.is_file()), None)
+    files = [path] if path.is_file() else [path / name for name, _ in kinds]
+    file = next((file for file in files if file.is_file()), None)
     if file is None:
         raise CheckpointError(str(path), f"holds no {WEIGHTS}", _FOLDER)
     if file != path:

@@ -39,7 +39,9 @@ class World:
         _write_model(folder / "shards", {"x": [2]}, "one.safetensors")
         _write_model(folder / "shards", {"y": [3]}, "two.safetensors")
         _write_model(folder / "config", {**dict.fromkeys(names, [2, 2]), "model.embed_tokens.weight": [4, 2]})
-        factors = {f"base_model.model.model.layers.{i}.q_proj.lora_{end}.weight": [2, 2] for i in (0, 1) for end in "AB"}
+        factors = {
+            f"base_model.model.model.layers.{i}.q_proj.lora_{end}.weight": [2, 2] for i in (0, 1) for end in "AB"
+        }
         _write_model(folder / "adapter", factors, "adapter_model.safetensors")
         ends = ("down.0.weight", "down.0.bias", "up.weight", "up.bias")
         halves = {f"encoder.layer.0.output.adapters.task.adapter_{end}": [2] for end in ends}
