@@ -24,7 +24,7 @@ class Preflight:
         recipe: its text, read.
         composed: the result, put together from headers.
         plan: what a build does.
-        bytes_to_download: of models on the Hub, of which only the headers are here; then the result can only be planned.
+        bytes_to_download: of models on the Hub of which only headers are here; then the result can only be planned.
 
     """
 

@@ -209,4 +209,4 @@ def _words(model: Any) -> dict[str, int]:
 def _added(tokens: Any) -> dict[str, int]:
     """Read the tokens that were added beside the model's."""
     listed = tokens if isinstance(tokens, list) else []
-    return {str(one.get("content")): one.get("id") for one in listed if isinstance(one, dict)}
+    return {str(one.get("content")): one["id"] for one in listed if isinstance(one, dict) and "id" in one}

@@ -363,7 +363,8 @@ try:
     except merge.CheckpointError as error:
         read = str(error)
     shapes = {name: [spec.dtype, *spec.shape] for name, spec in found.specs.items()}
-    about = {"revision": found.revision, "companions": sorted(found.companions.files), "config": found.companions.config}
+    beside = found.companions
+    about = {"revision": found.revision, "companions": sorted(beside.files), "config": beside.config}
     print(json.dumps({"specs": shapes, "read": read, "bytes": found.bytes_to_download, **about}, default=dict))
 except merge.CheckpointError as error:
     print(json.dumps({"error": str(error)}))

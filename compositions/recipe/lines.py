@@ -120,10 +120,9 @@ class _Builder:
 
     def _is_forced(self, node: yaml.ScalarNode) -> bool:
         """Tell whether a tag makes a text a number, a truth value or nothing, which it does not look like."""
-        is_plain = node.style is None
-        return bool(
-            self._loader.resolve(yaml.ScalarNode, node.value, (is_plain, not is_plain)) != node.tag != _PLAIN[0]
-        )
+        plain = node.style is None
+        looks: str = self._loader.resolve(yaml.ScalarNode, node.value, (plain, not plain))  # type: ignore[no-untyped-call]
+        return node.tag not in (looks, _PLAIN[0])
 
     def _scalar(self, node: yaml.ScalarNode) -> Any:
         try:

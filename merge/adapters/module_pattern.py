@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-_LITERAL = re.compile(r"(?:[\w-]|\\?[.-])+")
+_LITERAL = re.compile(r"(?:\w|\\?[.-])+")
 _MOST_PATTERNS = 64  # beside names of modules
 _DEEPEST = 20
 _CLASS = re.compile(r"\^?[\w.-]+")

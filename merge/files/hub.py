@@ -47,7 +47,7 @@ def download(repository: str, revision: str | None = None, kinds: Kinds = MODEL,
 
     with _explained(repository, revision):
         found = _listed(repository, revision)
-        needed = found and _needed(repository, revision, found.names, kinds, also)
+        needed = _needed(repository, revision, found.names, kinds, also) if found is not None else None
         return Path(snapshot_download(repository, revision=revision, allow_patterns=needed))
 
 

@@ -20,7 +20,7 @@ def user_path(reference: str | Path) -> Path:
 
 
 def kind(path: Path) -> Kind:
-    """Tell what stands at a path: no device and no pipe is ever opened. Raises CheckpointError where it cannot be seen."""
+    """Tell what stands at a path; devices and pipes are `other`. Raises CheckpointError where it cannot be seen."""
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: no text that a path may hold
@@ -39,7 +39,7 @@ def neighbours(path: Path) -> list[str]:
 
 
 def link_mistake(path: Path, folder: Path) -> Mistake | None:
-    """Find whether a file of a checkpoint's folder is a link that leads out of it; the Hub's cache holds links to blobs.
+    """Find whether a file of a checkpoint's folder is a link that leads out of it; to blobs of the Hub's cache it may.
 
     A folder from elsewhere could otherwise carry any file of this machine into the result.
     """

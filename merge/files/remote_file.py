@@ -43,7 +43,7 @@ class RemoteFile(WeightFile):
 def _ranged(url: str, begin: int, end: int) -> tuple[bytes, int]:
     """Fetch some bytes of a file, and tell how many it has. A server that sends all of it is cut short."""
     from huggingface_hub import get_session
-    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 
     headers = {**build_hf_headers(), "Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"}
     with get_session().stream("GET", url, headers=headers, timeout=_SECONDS) as response:

@@ -1,9 +1,9 @@
-"""The header of a `.safetensors` file, from its bytes alone: a stranger's JSON to specs and offsets, or all mistakes."""
+"""The header of a `.safetensors` file, from its bytes alone: a stranger's JSON to specs, or to all its mistakes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Where the parts of a PyTorch file lie: its pickle, and the bytes of every storage. Two formats, both only looked at."""
+"""Where the parts of a PyTorch file lie, in either format: its pickle, and the bytes of every storage."""
 
 from __future__ import annotations
 

@@ -13,11 +13,21 @@ from .pickled import Builder, PickleError
 _MOST_DIMENSIONS = 64  # numpy's
 _LARGEST = 1 << 63
 _STORAGES = {  # a storage's class → its dtype, and its bytes for each entry; small letters: no dtype of safetensors
-    **{"DoubleStorage": ("F64", 8), "FloatStorage": ("F32", 4), "HalfStorage": ("F16", 2)},
-    **{"BFloat16Storage": ("BF16", 2), "LongStorage": ("I64", 8), "IntStorage": ("I32", 4)},
-    **{"ShortStorage": ("I16", 2), "CharStorage": ("I8", 1), "ByteStorage": ("U8", 1), "BoolStorage": ("BOOL", 1)},
-    **{"ComplexFloatStorage": ("C64", 8), "ComplexDoubleStorage": ("complex128", 16)},
-    **{"QInt8Storage": ("qint8", 1), "QUInt8Storage": ("quint8", 1), "QInt32Storage": ("qint32", 4)},
+    "DoubleStorage": ("F64", 8),
+    "FloatStorage": ("F32", 4),
+    "HalfStorage": ("F16", 2),
+    "BFloat16Storage": ("BF16", 2),
+    "LongStorage": ("I64", 8),
+    "IntStorage": ("I32", 4),
+    "ShortStorage": ("I16", 2),
+    "CharStorage": ("I8", 1),
+    "ByteStorage": ("U8", 1),
+    "BoolStorage": ("BOOL", 1),
+    "ComplexFloatStorage": ("C64", 8),
+    "ComplexDoubleStorage": ("complex128", 16),
+    "QInt8Storage": ("qint8", 1),
+    "QUInt8Storage": ("quint8", 1),
+    "QInt32Storage": ("qint32", 4),
 }
 _NOT_PLAIN = {
     "_rebuild_sparse_tensor": "a sparse tensor",
@@ -145,7 +155,7 @@ def storage_of(identity: Any) -> Storage:
 def _names() -> dict[str, Any]:
     classes = {name: StorageClass(*one) for name, one in _STORAGES.items()}
     found: dict[str, Any] = {
-        "collections OrderedDict": Builder(lambda: {}),
+        "collections OrderedDict": Builder(dict),
         "torch Size": Builder(_size),
         "torch Tensor": None,
         "torch.nn.parameter Parameter": None,

@@ -35,10 +35,10 @@ class World:
         (folder / "alone").mkdir()
         names = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(4)]
         for name in ("a", "b", "base"):
-            _write_model(folder / name, {**dict.fromkeys(names, [2, 2]), "lm_head.weight": [4, 2]})
+            _write_model(folder / name, {**{one: [2, 2] for one in names}, "lm_head.weight": [4, 2]})
         _write_model(folder / "shards", {"x": [2]}, "one.safetensors")
         _write_model(folder / "shards", {"y": [3]}, "two.safetensors")
-        _write_model(folder / "config", {**dict.fromkeys(names, [2, 2]), "model.embed_tokens.weight": [4, 2]})
+        _write_model(folder / "config", {**{one: [2, 2] for one in names}, "model.embed_tokens.weight": [4, 2]})
         factors = {
             f"base_model.model.model.layers.{i}.q_proj.lora_{end}.weight": [2, 2] for i in (0, 1) for end in "AB"
         }
@@ -129,9 +129,9 @@ def _only_ours(act: Callable[[], Any]) -> Any:
         return act()
     except merge.PortmanteauError as error:
         text = str(error)
-        assert all(sign.isprintable() or sign == "\n" for sign in text), repr(text)
-        assert len(error.mistakes) > 0
-        return None
+    assert text
+    assert all(sign.isprintable() or sign == "\n" for sign in text), repr(text)
+    return None
 
 
 def _shown(value: Any) -> None:
