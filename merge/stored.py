@@ -147,10 +147,9 @@ def _only_file(folder: Path) -> Path:
     """Find the one weight file of a folder that names it in a way of its own."""
     if (folder / "adapter_config.json").is_file():
         raise CheckpointError(str(folder), "holds an adapter, not a model", "name the model that it was trained on")
-    found = sorted(folder.glob("*.safetensors"))
-    found = found or sorted(
-        p for p in folder.glob("*") if p.suffix in _LEGACY and not hub.NOT_WEIGHTS.fullmatch(p.name)
-    )
+    files = sorted(path for path in folder.glob("*") if places.kind(path) == "file")
+    found = [path for path in files if path.suffix == ".safetensors"]
+    found = found or [p for p in files if p.suffix in _LEGACY and not hub.NOT_WEIGHTS.fullmatch(p.name)]
     if not found:
         hint = "a checkpoint folder holds model.safetensors, or shards with model.safetensors.index.json"
         raise CheckpointError(str(folder), "holds no weights", hint)

@@ -2,9 +2,9 @@
 
     python -m tests.fuzz.campaign header --runs 100000 --corpus /tmp/corpus/header --report /tmp/header.json
 
-needs atheris (`pip install atheris`) and the checkout's `tests/editable` on the path. New inputs are kept in the corpus
-folder. An input that crashes a target, takes more than a second of processor time or 512 MB ends the run with a message, and
-lies then in `…crash-…` beside the report.
+needs atheris (`pip install atheris`), and on the path the checkout and its `tests/editable`. New inputs are kept in the
+corpus folder. An input that crashes a target, takes more than a second of processor time or 512 MB ends the run with a
+message, and lies then in `…crash-…` beside the report.
 """
 
 from __future__ import annotations
