@@ -12,7 +12,7 @@ from .companions import Companions, gather
 from .dtypes import torch_shape
 from .errors import CheckpointError, Mistake, nearest, some
 from .files import hub, places
-from .files.json_file import TABLE_BYTES, read_json
+from .files.json_file import INDEX_BYTES, INDEX_VALUES, read_json
 from .files.remote_file import RemoteFile
 from .files.safetensors_file import SafetensorsFile
 from .files.torch_file import TorchFile
@@ -27,6 +27,7 @@ _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _WHOLE = ("model.safetensors", "pytorch_model.bin")
 _LEGACY = (".bin", ".pt", ".pth")
 _AGAIN = "download the folder again"
+_MOST_NAMED = 50  # tensors in which an index and its shards differ
 _MIXED = "index and shards come from different saves: download the folder again"
 
 
@@ -163,7 +164,7 @@ def _only_file(folder: Path) -> Path:
 def _open_shards(folder: Path, index: str, missing: Mapping[str, RemoteFile]) -> list[WeightFile]:
     """Open the shards that an index names. Every shard that is missing or not whole is reported, not only the first."""
     path = places.refuse_link(folder / index, folder)
-    where_of = read_json(path, TABLE_BYTES).get("weight_map")
+    where_of = read_json(path, INDEX_BYTES, INDEX_VALUES).get("weight_map")
     if not isinstance(where_of, dict) or not all(isinstance(name, str) for name in where_of.values()):
         raise CheckpointError(str(path), "has no weight_map from tensor names to files", _AGAIN)
     if not where_of:
@@ -194,11 +195,14 @@ def _index_mistakes(path: Path, where_of: dict[str, str], files: list[WeightFile
     """Compare the index with the headers of its shards, in both directions."""
     held = {(name, file.path.name) for file in files for name in file.specs}
     named = set(where_of.items())
+    lacking, unnamed = sorted(named - held), sorted(held - named)
     mistakes = [
         Mistake(str(path), f"names tensor {name} in {file}, which does not hold it", _MIXED)
-        for name, file in sorted(named - held)
+        for name, file in lacking[:_MOST_NAMED]
     ]
-    return mistakes + [
+    mistakes += [
         Mistake(str(path), f"does not name tensor {name}, which {file} holds", _MIXED)
-        for name, file in sorted(held - named)
+        for name, file in unnamed[:_MOST_NAMED]
     ]
+    left = len(lacking) + len(unnamed) - len(mistakes)
+    return [*mistakes, *([Mistake(str(path), f"and {left} more tensors do not agree", _MIXED)] if left else [])]

@@ -15,7 +15,7 @@ from portmanteau.merge.errors import Mistake
 from portmanteau.merge.files.json_file import read_bytes
 
 KeyPath = tuple[str | int, ...]
-_MOST_BYTES = 128 << 10  # a recipe of 3000 slices has 110 kB; PyYAML reads some 150 kB in a second
+_MOST_BYTES = 96 << 10  # a recipe of 2500 slices has 90 kB; PyYAML reads some 150 kB in a second
 _MOST_NODES = 20_000
 _DEEPEST = 40
 _PLAIN = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null"))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..companions import is_companion
 from ..errors import CheckpointError
-from .json_file import TABLE_BYTES, read_json
+from .json_file import INDEX_BYTES, INDEX_VALUES, read_json
 from .remote_file import RemoteFile
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?|[A-Za-z0-9][\w.-]*@[\w./-]+")
@@ -158,9 +158,8 @@ def _needed(repository: str, revision: str | None, names: list[str], kinds: Kind
     companions = [name for name in names if is_companion(name) or name in also]
     for whole, index in kinds:
         if index in names:
-            shards = read_json(Path(hf_hub_download(repository, index, revision=revision)), TABLE_BYTES).get(
-                "weight_map"
-            )
+            path = Path(hf_hub_download(repository, index, revision=revision))
+            shards = read_json(path, INDEX_BYTES, INDEX_VALUES).get("weight_map")
             found = shards.values() if isinstance(shards, dict) else ()
             listed = set(names)
             return [*companions, index, *dict.fromkeys(one for one in found if isinstance(one, str) and one in listed)]

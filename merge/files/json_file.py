@@ -9,17 +9,18 @@ from typing import Any
 
 from ..errors import CheckpointError
 
-CONFIG_BYTES = 8 << 20  # of a config; the largest known have some hundred kB
-TABLE_BYTES = 64 << 20  # of a tokenizer or an index of shards; the largest known have 35 MB
 _MOST_VALUES = 4_000_000  # commas and brackets: they bound what the parsed values take in memory
+CONFIG_BYTES = 8 << 20  # of a config; the largest known have some hundred kB
+TABLE_BYTES = 64 << 20  # of a tokenizer; the largest known have 35 MB
+INDEX_BYTES, INDEX_VALUES = 32 << 20, 250_000  # of an index of shards; the largest known have 8 MB and 91,000 tensors
 _DEEPEST = 64
 
 
-def read_json(path: Path, most: int = CONFIG_BYTES) -> dict[str, Any]:
-    """Read a JSON object of at most so many bytes. Raises CheckpointError for anything else."""
+def read_json(path: Path, most: int = CONFIG_BYTES, most_values: int = _MOST_VALUES) -> dict[str, Any]:
+    """Read a JSON object of at most so many bytes and values. Raises CheckpointError for anything else."""
     try:
         raw = read_bytes(path, most)
-        found = parsed(raw)
+        found = parsed(raw, most_values)
     except (ValueError, OSError) as error:
         raise CheckpointError(str(path), f"not valid JSON ({error})") from error
     if not isinstance(found, dict):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-_MOST = 2_000_000  # containers and remembered values
+_MOST = 1_000_000  # containers and remembered values
 _LONGEST_INTEGER = 16  # bytes
 
 
@@ -189,9 +189,9 @@ _OPCODES: dict[int, Callable[[_Machine], None]] = {
     0x80: lambda m: m.number(_BYTE),  # PROTO
     0x95: lambda m: m.number(_LONG),  # FRAME
     ord("("): _Machine.mark,
-    ord("N"): lambda m: m.push(None),
-    0x88: lambda m: m.push(True),
-    0x89: lambda m: m.push(False),
+    ord("N"): lambda m: m.made(None),
+    0x88: lambda m: m.made(True),
+    0x89: lambda m: m.made(False),
     ord("K"): lambda m: m.push(m.number(_BYTE)),
     ord("M"): lambda m: m.push(m.number(_SHORT)),
     ord("J"): lambda m: m.push(m.number(_INT)),

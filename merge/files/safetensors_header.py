@@ -17,7 +17,7 @@ from .json_file import parsed
 PREFIX = 8  # bytes that say how long the header is
 LONGEST = 32 << 20  # the library takes 100 MB; the largest known have 12 MB
 _LIBRARY = 100_000_000
-_MOST_VALUES = 2_000_000
+_MOST_VALUES = 500_000  # of some 60,000 tensors
 _MOST_DIMENSIONS = 64  # numpy's
 _LARGEST = 1 << 63
 _AGAIN = "the file is truncated or corrupt: download or save it again"

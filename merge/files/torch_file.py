@@ -18,7 +18,7 @@ from .torch_values import NAMES, Opaque, StoredTensor
 from .weight_file import WeightFile
 
 _WRAPPERS = ("state_dict", "model")  # where training frameworks put the weights of a snapshot
-_MOST_PICKLE = 32 << 20  # bytes; that of a model with a thousand tensors has about 100 kB
+_MOST_PICKLE = 4 << 20  # bytes; that of a model with a thousand tensors has about 100 kB
 _HINT = "save the weights as safetensors; files that carry code are never executed"
 _PLAIN = "save it as a plain tensor"
 
