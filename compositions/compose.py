@@ -45,6 +45,7 @@ class _Composer:
         self._recipe, self._weights = recipe, weights
         self._made: dict[Reference, Any] = {}  # by each kind of reference what that kind opens
         self._under_way: list[str] = []
+        self._failed: dict[str, PortmanteauError] = {}  # by step
 
     def result(self) -> Composed | Surveyed:
         """Compose the recipe's result."""
@@ -137,9 +138,14 @@ class _Composer:
         if name in self._under_way:
             where = self._recipe.document.where(body.path)
             raise RecipeError(where, f"steps need each other: {' → '.join([*self._under_way, name])}")
+        if name in self._failed:
+            raise self._failed[name]
         self._under_way.append(name)
         try:
             made = self._composed(body)
+        except PortmanteauError as error:
+            self._failed[name] = error
+            raise
         finally:
             self._under_way.pop()
         if isinstance(made, Surveyed):

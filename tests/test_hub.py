@@ -434,6 +434,8 @@ def test_check_and_plan_of_hub_models_download_no_weights_and_build_does(
     assert found == {"tensors": 1, "bytes": 4, "bytes_to_download": size, "notes": []}
     assert f"downloads {size} B first" in hub.run(command("plan", recipe))
     assert hub.downloaded == set()
+    assert "1 tensors, 1 entries" in hub.run(command("inspect", "org/versions"))
+    assert hub.downloaded == set()
     hub.run(command("build", recipe, tmp_path / "out"))
     assert hub.downloaded == {"model.safetensors"}
     with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as made:
