@@ -12,12 +12,14 @@ import yaml
 
 from portmanteau.merge import RecipeError
 from portmanteau.merge.errors import Mistake
-from portmanteau.merge.files.json_file import read_bytes
+from portmanteau.merge.files.json_file import read_bytes, text_of
 
 KeyPath = tuple[str | int, ...]
 _MOST_BYTES = 96 << 10  # a recipe of 2500 slices has 90 kB; PyYAML reads some 150 kB in a second
 _MOST_NODES = 20_000
 _DEEPEST = 40
+_LONGEST_NUMBER = 100  # signs
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 _PLAIN = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null"))
 
 
@@ -55,7 +57,7 @@ class Document:
 def read(path: Path) -> Document:
     """Read a YAML file. Raises RecipeError for what is not YAML, for keys given twice, for tags, and without bounds."""
     try:
-        text = read_bytes(path, _MOST_BYTES).decode("utf-8")
+        text = text_of(read_bytes(path, _MOST_BYTES))
     except (OSError, ValueError) as error:
         raise RecipeError(str(path), f"cannot be read ({error})") from error
     try:
@@ -125,9 +127,11 @@ class _Builder:
         return node.tag not in (looks, _PLAIN[0])
 
     def _scalar(self, node: yaml.ScalarNode) -> Any:
+        if node.tag in _NUMBERS and len(node.value) > _LONGEST_NUMBER:
+            raise _wrong(node, f"a number of {len(node.value)} signs")
         try:
             return self._loader.construct_object(node)
-        except (ValueError, OverflowError) as error:  # a number of thousands of digits, or in base 60 without end
+        except (ValueError, OverflowError) as error:  # in base 60, or of signs that make none
             raise _wrong(node, "a number that is none") from error
 
     def _mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:

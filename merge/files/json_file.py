@@ -31,9 +31,14 @@ def read_json(path: Path, most: int = CONFIG_BYTES, most_values: int = _MOST_VAL
 def read_text(path: Path, most: int) -> str:
     """Read a text file of at most so many bytes. Raises CheckpointError where it is larger, or not UTF-8."""
     try:
-        return read_bytes(path, most).decode("utf-8")
+        return text_of(read_bytes(path, most))
     except (ValueError, OSError) as error:
         raise CheckpointError(str(path), f"cannot be read as text ({error})") from error
+
+
+def text_of(raw: bytes) -> str:
+    """Decode UTF-8, with line ends of any system as one sign. Raises ValueError."""
+    return raw.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_bytes(path: Path, most: int) -> bytes:

@@ -32,6 +32,8 @@ class RemoteFile(WeightFile):
         raw = begin[PREFIX : PREFIX + length]
         if len(raw) < length and len(begin) == _FIRST:
             raw += _ranged(url, _FIRST, PREFIX + length)[0]
+        if self.size < 0:
+            raise CheckpointError(where, "the Hub does not say how large it is", "try again later")
         found = parse_header(raw, self.size, where)
         self.specs, self.metadata, self.digest = found.specs, found.metadata, found.digest
 

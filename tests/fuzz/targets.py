@@ -72,6 +72,7 @@ class World:
             if spec.nbytes <= _MOST_READ:
                 opened.read_into(name, memoryview(bytearray(spec.nbytes)))
         _shown(describe.checkpoint(opened, tensors=True))
+        _only_ours(lambda: merge.open_sparse(path))
 
     def index(self, raw: bytes) -> None:
         """Read a folder of shards with this index."""
