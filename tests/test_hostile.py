@@ -5,6 +5,7 @@ What is refused is refused by our own error, before weights are read; what is un
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import os
@@ -195,6 +196,19 @@ def test_nothing_of_a_recipe_or_a_folder_is_printed_raw(
     receipt = json.loads((tmp_path / "out" / "portmanteau.json").read_text())
     assert receipt["recipe"]["text"] == recipe.read_text()
     assert ESCAPE in [one["checkpoint"] for one in receipt["inputs"]]
+
+
+def test_only_functions_that_escape_print() -> None:
+    root = Path(__file__).parents[1]
+    printing = set()
+    for path in (root / "cli.py", *root.glob("merge/**/*.py"), *root.glob("compositions/**/*.py")):
+        for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(function, ast.FunctionDef):
+                called = {ast.unparse(node.func) for node in ast.walk(function) if isinstance(node, ast.Call)}
+                printing |= (
+                    {function.name} if called & {"print", "typer.echo", "console.print", "sys.stdout.write"} else set()
+                )
+    assert printing == {"_say", "_print", "_print_json", "_table"}
 
 
 def test_a_model_card_holds_no_markup_of_strangers(save_tensors: Save, tmp_path: Path) -> None:
