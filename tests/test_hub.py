@@ -476,3 +476,11 @@ def test_nothing_is_asked_of_a_network_where_no_reference_names_the_hub(
         run[run.index("-c") + 1] = blocked + run[run.index("-c") + 1]
         hub.run(run)
     assert hub.requests == []
+
+
+def test_the_cache_must_have_room_for_what_is_to_be_downloaded(hub: Hub, recipe: Path) -> None:
+    run = command("check", recipe)
+    full = "import shutil, types\nshutil.disk_usage = lambda _: types.SimpleNamespace(free=10)\n"
+    run[run.index("-c") + 1] = full + run[run.index("-c") + 1]
+    size = len(weights(x=1)) + len(weights(x=2))
+    assert f"the Hub's cache needs {size} B more, and has 10 B free" in hub.run(run, status=1)
