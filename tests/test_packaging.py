@@ -413,6 +413,20 @@ def test_the_sdist_makes_the_same_wheel(built: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.wheel
+def test_without_a_compiler_the_wheel_is_one_for_any_machine(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (unpacked,) = tmp_path.iterdir()
+    monkeypatch.setenv("CC", "false")
+    run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path / "pure"], unpacked)
+    (wheel,) = (tmp_path / "pure").iterdir()
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert not [name for name in contents(wheel) if name.endswith("kernels.native")]
+
+
+@pytest.mark.wheel
 def test_an_installed_wheel_builds_a_model_away_from_the_checkout(built: Path, environment: Path, swap: Path) -> None:
     install(environment, *built.glob("*.whl"))
     where = "import portmanteau.cli, portmanteau.merge; print(portmanteau.cli.__file__, portmanteau.merge.__file__)"
