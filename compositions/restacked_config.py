@@ -10,13 +10,20 @@ from portmanteau.merge import MergeError
 from portmanteau.merge.errors import Mistake
 from portmanteau.merge.names import Stack
 
-COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+from .components import is_of_vision
+
+COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "depth")
 _SIDES = {
     "decoder": ("decoder_layers", "num_decoder_layers"),
     "encoder": ("encoder_layers", "num_encoder_layers", *COUNTS),
 }
 _NOT_BY_LAYER = ("architectures", "eos_token_id", "bos_token_id", "pad_token_id", "suppress_tokens")
-_NUMBERS = ("mlp_only_layers", "cross_attention_layers")  # lists of layer numbers
+_NUMBERS = (  # lists of layer numbers
+    "mlp_only_layers",
+    "cross_attention_layers",
+    "fullatt_block_indexes",
+    "deepstack_visual_indexes",
+)
 _ATTENTION_BY_POSITION = (  # where `layer_types` does not spell it out
     "sliding_window_pattern",
     "global_attn_every_n_layers",
@@ -80,6 +87,8 @@ def _part(config: Mapping[str, Any], stack: Stack) -> str:
     named = [key for key in parts if key.removesuffix("_config") in stack.prefix]
     if named:
         return named[0]
+    if "vision_config" in parts and is_of_vision(stack.prefix):
+        return "vision_config"
     return "text_config" if "text_config" in parts else ""
 
 

@@ -598,7 +598,11 @@ def test_a_module_may_become_shorter(towers: Path) -> None:
 def test_tensors_of_no_module_are_refused(towers: Path) -> None:
     text = "merge_method: linear\nparameters: {weight: 1}\nmodules:\n  vision_tower: {models: [{model: a}]}\n"
     (found,) = said(text, towers)
-    assert found.startswith("1: assemble: no pattern fits language_model.lm_head.weight")
+    assert found == (
+        "3: assemble: no part takes language_model.lm_head.weight, language_model.model.layers.0.mlp.weight, "
+        "language_model.model.layers.1.mlp.weight, multi_modal_projector.linear.weight "
+        "(there are: text_decoder, vision_tower, multi_modal_projector, default; the last takes the rest)"
+    )
 
 
 # ---- what goes with the weights ---------------------------------------------------------------------------------

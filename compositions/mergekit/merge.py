@@ -7,6 +7,7 @@ from typing import Any
 
 from portmanteau.merge.errors import nearest
 
+from ..components import REST
 from ..recipe.lined import Lined, plain
 from ..recipe.lines import KeyPath
 from .methods import METHODS, Method
@@ -19,15 +20,6 @@ Entry = tuple[str, Mapping[str, Any], KeyPath]  # a model's label, what stands b
 _PARTS = ("models", "slices", "modules")
 _MERGE = (*_PARTS, "merge_method", "base_model", "parameters")
 _KEYS = (*_MERGE, "dtype", "out_dtype", "tokenizer_source", "tokenizer", "chat_template")
-# A module's name → the tensors that are its, and the stack of its layers.
-_MODULES: Mapping[str, tuple[str, str | None]] = {
-    "shared": ("shared.*|lm_head.*|proj_out.*|final_logits_bias", None),
-    "multi_modal_projector": ("*multi_modal_projector.*|*mm_projector.*|*connector.*", None),
-    "vision_tower": ("*vision_tower.*|*vision_model.*|visual.*|*.visual.*", "*vision*|*visual*"),
-    "vision_model": ("*vision_tower.*|*vision_model.*|visual.*|*.visual.*", "*vision*|*visual*"),
-    "text_decoder": ("*", "*language_model*|*text_model*|model.layers"),
-    "default": ("*", None),
-}
 
 
 class Merge:
@@ -51,6 +43,7 @@ class Merge:
         self._known(self._levels[0])
         base = value.get("base_model")
         self._base = references.label(base, (*path, "base_model")) if base is not None else None
+        self._first: str | None = None  # the first model that is named
 
     def result(self, steps: dict[str, Any]) -> dict[str, Any]:
         """Write one operator or composition; modules become steps beside it."""
@@ -165,7 +158,6 @@ class Merge:
             self._wrong(path, "modules is no mapping from names to modules", broken=True)
             return {}
         parts: dict[str, Any] = {}
-        sliced = []
         for name, one in value.items():
             here = (*path, name)
             if not isinstance(one, dict) or bool(one.get("models")) == bool(one.get("slices")):
@@ -174,18 +166,13 @@ class Merge:
             self._unknown(one, ("models", "slices", "parameters"), here)
             level = Level.of(one, here, self._wrong)
             self._known(level)
-            pattern, stack = _MODULES.get(name, (f"{name}.*|*.{name}.*", name))
-            merged = self._part(one, here, [level, *self._levels], stack)
-            if len(value) == 1 and pattern == "*":
-                return merged
-            steps[self._prefix + name] = Lined(merged, here)
-            parts[pattern] = Lined(self._prefix + name, here)
-            sliced += [name] if one.get("slices") else []
-        if len(sliced) > 1:
-            self._wrong((*path, sliced[1]), f"slices in several modules ({', '.join(sliced)}) are {LATER}")
-        ordered = dict(sorted(parts.items(), key=lambda part: part[0] == "*"))  # what takes the rest comes last
-        donor = {"donor": self._prefix + sliced[0]} if sliced else {}
-        return {"assemble": {"parts": ordered, **donor}}
+            if list(value) == [REST]:
+                return self._part(one, here, [level, *self._levels], None)
+            steps[self._prefix + name] = Lined(self._part(one, here, [level, *self._levels], name), here)
+            parts[name] = Lined(self._prefix + name, here)
+        ordered = dict(sorted(parts.items(), key=lambda part: part[0] == REST))  # what takes the rest comes last
+        donor = self._base if self._base is not None else self._first
+        return {"assemble": Lined({"parts": ordered, **({"donor": donor} if donor is not None else {})}, path)}
 
     # ---- lists, keys and ranges
 
@@ -204,6 +191,7 @@ class Merge:
                 self._wrong((*here, "model"), f"{label} is listed twice", hint, broken=True)
             elif label is not None:
                 entries.append((label, one, here))
+                self._first = self._first or label
         return entries
 
     def _range(self, entry: Mapping[str, Any], path: KeyPath) -> Any:

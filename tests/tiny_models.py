@@ -1,0 +1,144 @@
+"""Real transformers architectures with a few thousand parameters each, by short names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "vocab_size": 32,
+    "max_position_embeddings": 32,
+}
+TEXT: dict[str, Any] = {**SIZES, "num_hidden_layers": 3, "num_key_value_heads": 1}
+VISION: dict[str, Any] = {
+    "image_size": 8,
+    "patch_size": 4,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+}
+_T5 = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_heads": 2, "vocab_size": 32, "feed_forward_proj": "gated-gelu"}
+_SEQ2SEQ = {
+    "d_model": 16,
+    "encoder_layers": 3,
+    "decoder_layers": 2,
+    "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 24,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+}
+_MROPE = {"rope_type": "default", "mrope_section": [1, 1, 2]}
+_QWEN_VISION = {"depth": 2, "hidden_size": 16, "num_heads": 2, "patch_size": 4}
+
+
+def make(name: str, **more: Any) -> Any:
+    """Make a model by its short name, with fresh random weights; `more` goes into the config of a text model."""
+    import transformers
+
+    model_class, config = {**_text(transformers), **_sequences(transformers), **_seeing(transformers)}[name](more)
+    return getattr(transformers, model_class)(config)
+
+
+Families = Mapping[str, Callable[[Mapping[str, Any]], tuple[str, Any]]]
+
+
+def _text(t: Any) -> Families:
+    kv = {**SIZES, "num_key_value_heads": 1}
+    experts = {"moe_intermediate_size": 8, "num_experts": 4, "num_experts_per_tok": 2}
+    return {
+        "llama": lambda more: ("LlamaForCausalLM", t.LlamaConfig(**kv | more)),
+        "qwen2": lambda more: ("Qwen2ForCausalLM", t.Qwen2Config(**kv | {"tie_word_embeddings": True} | more)),
+        # at 2 labels, ⌊0.4 · 2⌋ = 0: there mergekit's breadcrumbs keep nothing of a bias, and ours one entry
+        "bert": lambda more: ("BertForSequenceClassification", t.BertConfig(**SIZES | {"num_labels": 4} | more)),
+        "gpt2": lambda more: (
+            "GPT2LMHeadModel",
+            t.GPT2Config(**{"n_embd": 16, "n_head": 2, "n_layer": 4, "n_positions": 32, "vocab_size": 32} | more),
+        ),
+        "qwen3_moe": lambda more: ("Qwen3MoeForCausalLM", t.Qwen3MoeConfig(**kv | experts | {"head_dim": 8} | more)),
+        "qwen2_moe": lambda more: (
+            "Qwen2MoeForCausalLM",
+            t.Qwen2MoeConfig(**kv | experts | {"shared_expert_intermediate_size": 8} | more),
+        ),
+        "mixtral": lambda more: ("MixtralForCausalLM", t.MixtralConfig(**kv | {"num_local_experts": 4} | more)),
+    }
+
+
+def _sequences(t: Any) -> Families:
+    audio = {"max_source_positions": 16, "max_target_positions": 16, "num_mel_bins": 8}
+    tokens = {"pad_token_id": 1, "bos_token_id": 1, "eos_token_id": 1, "decoder_start_token_id": 1}
+    return {
+        "t5": lambda more: (
+            "T5ForConditionalGeneration",
+            t.T5Config(**_T5 | {"num_layers": 4, "num_decoder_layers": 3} | more),
+        ),
+        "bart": lambda more: (
+            "BartForConditionalGeneration",
+            t.BartConfig(**_SEQ2SEQ | {"vocab_size": 32, "max_position_embeddings": 32} | more),
+        ),
+        "whisper": lambda more: (
+            "WhisperForConditionalGeneration",
+            t.WhisperConfig(**_SEQ2SEQ | audio | tokens | {"vocab_size": 64} | more),
+        ),
+    }
+
+
+def _seeing(t: Any) -> Families:
+    """Give the vision-language models: a text decoder, a vision tower, and what joins them."""
+    siglip = t.SiglipVisionConfig(**VISION).to_dict()
+    merged = {**_QWEN_VISION, "intermediate_size": 24, "out_hidden_size": 16}
+    mrope = {**TEXT, "rope_scaling": _MROPE}
+    pixels = {**VISION, "image_size": [8, 8], "patch_size": [4, 4]}
+
+    def joined(model: str, config: str, vision: Any, text: Any, **own: Any) -> Callable[..., tuple[str, Any]]:
+        return lambda more: (model, getattr(t, config)(vision_config=vision, text_config=text, **own, **more))
+
+    return {
+        "llava": joined(
+            "LlavaForConditionalGeneration", "LlavaConfig", t.CLIPVisionConfig(**VISION), t.LlamaConfig(**TEXT)
+        ),
+        "llava_next": joined(
+            "LlavaNextForConditionalGeneration", "LlavaNextConfig", t.CLIPVisionConfig(**VISION), t.LlamaConfig(**TEXT)
+        ),
+        "gemma3": joined(
+            "Gemma3ForConditionalGeneration",
+            "Gemma3Config",
+            siglip,
+            t.Gemma3TextConfig(**TEXT, head_dim=8).to_dict(),
+            mm_tokens_per_image=4,
+        ),
+        "paligemma": joined(
+            "PaliGemmaForConditionalGeneration",
+            "PaliGemmaConfig",
+            {**siglip, "projection_dim": 16},
+            t.GemmaConfig(**TEXT, head_dim=8).to_dict(),
+            projection_dim=16,
+        ),
+        "mistral3": joined(
+            "Mistral3ForConditionalGeneration",
+            "Mistral3Config",
+            t.PixtralVisionConfig(**VISION),
+            t.MistralConfig(**TEXT, head_dim=8),
+        ),
+        "qwen2_vl": joined(
+            "Qwen2VLForConditionalGeneration",
+            "Qwen2VLConfig",
+            {**_QWEN_VISION, "embed_dim": 16, "mlp_ratio": 2},
+            mrope,
+        ),
+        "qwen2_5_vl": joined("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLConfig", merged, mrope),
+        "qwen3_vl": joined(
+            "Qwen3VLForConditionalGeneration",
+            "Qwen3VLConfig",
+            {**merged, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+            {**mrope, "head_dim": 8},
+        ),
+        "idefics3": joined(
+            "Idefics3ForConditionalGeneration", "Idefics3Config", VISION, t.LlamaConfig(**TEXT), scale_factor=1
+        ),
+        "internvl": joined("InternVLForConditionalGeneration", "InternVLConfig", pixels, t.Qwen2Config(**TEXT)),
+    }
