@@ -17,7 +17,15 @@ _SIDES = {
     "decoder": ("decoder_layers", "num_decoder_layers"),
     "encoder": ("encoder_layers", "num_encoder_layers", *COUNTS),
 }
-_NOT_BY_LAYER = ("architectures", "eos_token_id", "bos_token_id", "pad_token_id", "suppress_tokens")
+_NOT_BY_LAYER = (  # lists that may happen to be as long
+    "architectures",
+    "eos_token_id",
+    "bos_token_id",
+    "pad_token_id",
+    "suppress_tokens",
+    "image_size",
+    "patch_size",
+)
 _NUMBERS = (  # lists of layer numbers
     "mlp_only_layers",
     "cross_attention_layers",

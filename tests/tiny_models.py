@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 SIZES: dict[str, Any] = {
     "hidden_size": 16,
@@ -36,12 +42,61 @@ _MROPE = {"rope_type": "default", "mrope_section": [1, 1, 2]}
 _QWEN_VISION = {"depth": 2, "hidden_size": 16, "num_heads": 2, "patch_size": 4}
 
 
+_EXPERT = re.compile(r"(?P<layer>.+)\.(?:mlp|block_sparse_moe)\.experts\.(?P<number>\d+)\.(?P<matrix>\w+)\.weight")
+
+
 def make(name: str, **more: Any) -> Any:
     """Make a model by its short name, with fresh random weights; `more` goes into the config of a text model."""
     import transformers
 
     model_class, config = {**_text(transformers), **_sequences(transformers), **_seeing(transformers)}[name](more)
     return getattr(transformers, model_class)(config)
+
+
+def save(name: str, seed: int, folder: Path, dtype: torch.dtype = torch.float32, **more: Any) -> Path:
+    """Save a model: random numbers common to all seeds and, with any seed but 0, a change of its own."""
+    torch.manual_seed(seed)
+    model = make(name, **more)
+    common, own = torch.Generator().manual_seed(9), torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        change = torch.randn(parameter.shape, generator=own) * (0.1 if seed else 0.0)
+        parameter.data = torch.randn(parameter.shape, generator=common) + change
+    model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+def save_fused(name: str, seed: int, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """Save a mixture of experts in the layout that transformers 5 computes in: all experts of a layer in one tensor."""
+    save(name, seed, folder, dtype)
+    path = folder / "model.safetensors"
+    save_file(fused(load_file(path)), path, {"format": "pt"})
+    return folder
+
+
+def fused(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Bring the experts of a mixture, stored one by one, into the layout that mergekit and transformers 5 compute in.
+
+    `experts.gate_up_proj` [experts, 2 × inner, hidden] and `experts.down_proj` [experts, hidden, inner]; the router of
+    a Mixtral is called `mlp.gate`.
+    """
+    spelled = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+    result: dict[str, Tensor] = {}
+    experts: dict[str, dict[str, dict[int, Tensor]]] = {}
+    for name, values in tensors.items():
+        found = _EXPERT.fullmatch(name)
+        if found is None:
+            result[name.replace(".block_sparse_moe.", ".mlp.")] = values
+            continue
+        matrix = spelled.get(found["matrix"], found["matrix"])
+        experts.setdefault(found["layer"], {}).setdefault(matrix, {})[int(found["number"])] = values
+    for layer, matrices in experts.items():
+        gate, up, down = (
+            torch.stack([matrices[name][i] for i in range(len(matrices[name]))])
+            for name in ("gate_proj", "up_proj", "down_proj")
+        )
+        result[f"{layer}.mlp.experts.gate_up_proj"] = torch.cat([gate, up], dim=1)
+        result[f"{layer}.mlp.experts.down_proj"] = down
+    return result
 
 
 Families = Mapping[str, Callable[[Mapping[str, Any]], tuple[str, Any]]]

@@ -1,0 +1,173 @@
+"""Bundles and modules of mergekit files: merges of several parts, over toy and real architectures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from portmanteau.compositions.components import component, stack_of
+from portmanteau.merge.names import Layers, Stack
+from tests.mergekit_files import NAMES, said
+from tests.oracles.mergekit_0_1_5 import (
+    Tensors,
+    assert_close,
+    ours,
+)
+from tests.oracles.mergekit_differences import differs
+from tests.tiny_models import save
+
+pytestmark = pytest.mark.mergekit
+
+
+@differs("stages")
+def test_a_bundle_is_one_merge_whose_stages_are_never_files(llamas: Path) -> None:
+    text = """
+        name: soup
+        merge_method: linear
+        parameters: {weight: 1.0}
+        models: [{model: a}, {model: b}]
+        dtype: bfloat16
+        ---
+        merge_method: task_arithmetic
+        base_model: base
+        parameters: {weight: 0.5}
+        models: [{model: soup}]
+        dtype: float32
+    """
+    before = {path.name for path in llamas.iterdir()}
+    merged = ours(dedent(text), llamas / "out")
+    assert {path.name for path in llamas.iterdir()} - before == {"out", "out.yml"}
+    base, a, b = (load_file(llamas / name / "model.safetensors") for name in NAMES)
+    for name, values in merged.items():
+        assert values.dtype == torch.float32
+        torch.testing.assert_close(values, base[name] / 2 + (a[name] + b[name]) / 4, rtol=1e-6, atol=1e-6)
+
+
+@pytest.fixture
+def towers(save_tensors: Callable[[str, Tensors], Path], tmp_path: Path) -> Path:
+    """Save a (ones) and b (threes), models of text, vision and what joins them."""
+    for name, value in (("a", 1.0), ("b", 3.0)):
+        tensors = {
+            f"{prefix}.layers.{i}.mlp.weight": torch.full((2, 2), value + i / 8)
+            for prefix in ("language_model.model", "vision_tower.encoder")
+            for i in range(2)
+        }
+        tensors |= {"multi_modal_projector.linear.weight": torch.full((2, 2), value)}
+        save_tensors(name, tensors | {"language_model.lm_head.weight": torch.full((2, 2), value)})
+    return tmp_path
+
+
+MODULES = """
+merge_method: linear
+modules:
+  vision_tower: {models: [{model: a}], parameters: {weight: 1.0}}
+  multi_modal_projector: {models: [{model: b}]}
+  text_decoder:
+    slices:
+      - sources: [{model: b, layer_range: [0, 2]}]
+      - sources: [{model: a, layer_range: [0, 2]}, {model: b, layer_range: [0, 2]}]
+parameters: {weight: 2.0}
+"""
+
+
+def test_each_module_is_merged_in_its_own_way(towers: Path) -> None:
+    merged = ours(MODULES, towers / "out")
+    values = {name: float(tensor[0, 0]) for name, tensor in merged.items()}
+    assert values == {
+        "vision_tower.encoder.layers.0.mlp.weight": 1.0,
+        "vision_tower.encoder.layers.1.mlp.weight": 1.125,
+        "multi_modal_projector.linear.weight": 3.0,
+        "language_model.model.layers.0.mlp.weight": 3.0,
+        "language_model.model.layers.1.mlp.weight": 3.125,
+        "language_model.model.layers.2.mlp.weight": 2.0,
+        "language_model.model.layers.3.mlp.weight": 2.125,
+        "language_model.lm_head.weight": 2.0,
+    }
+
+
+def test_a_module_may_become_shorter(towers: Path) -> None:
+    text = MODULES.replace(
+        "layer_range: [0, 2]}]\n      - sources: [{model: a, layer_range: [0, 2]}, ", "layer_range: [0, 1]}]\n      # "
+    )
+    merged = ours(text, towers / "out")
+    layers = [name for name in merged if ".layers." in name]
+    assert sorted(layers) == [
+        "language_model.model.layers.0.mlp.weight",
+        "vision_tower.encoder.layers.0.mlp.weight",
+        "vision_tower.encoder.layers.1.mlp.weight",
+    ]
+
+
+@differs("modules")
+def test_tensors_of_no_module_are_refused(towers: Path) -> None:
+    text = "merge_method: linear\nparameters: {weight: 1}\nmodules:\n  vision_tower: {models: [{model: a}]}\n"
+    (found,) = said(text, towers)
+    assert found == (
+        "3: assemble: no part takes language_model.lm_head.weight, language_model.model.layers.0.mlp.weight, "
+        "language_model.model.layers.1.mlp.weight, multi_modal_projector.linear.weight "
+        "(there are: text_decoder, vision_tower, multi_modal_projector, default; the last takes the rest)"
+    )
+
+
+# ---- real architectures -----------------------------------------------------------------------------------------
+
+SEEING = ("llava", "llava_next", "gemma3", "paligemma", "mistral3", "idefics3", "internvl")
+SEEING += ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+
+
+@pytest.mark.parametrize("family", SEEING)
+def test_a_vision_language_model_is_merged_by_component_and_loads(family: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    for seed, name in enumerate("ab"):
+        save(family, seed, tmp_path / name)
+    a, b = ({"model": str(tmp_path / name)} for name in "ab")
+    slices = [[{**a, "layer_range": [0, 2]}], [{**a, "layer_range": [1, 2]}, {**b, "layer_range": [2, 3]}]]
+    modules = {
+        "text_decoder": {"slices": [{"sources": sources} for sources in slices]},
+        "multi_modal_projector": {"models": [a, b]},
+        "vision_tower": {"slices": [{"sources": [{**b, "layer_range": ends}]} for ends in ([0, 2], [1, 2])]},
+    }
+    merged = ours({"merge_method": "linear", "parameters": {"weight": 1.0}, "modules": modules}, tmp_path / "out")
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    text, vision = (stack_of(word, Layers(first), first) for word in ("text_decoder", "vision_tower"))
+    assert text is not None
+    assert vision is not None
+
+    def layer(stack: Stack, number: int, tensors: Tensors) -> Tensors:
+        start = f"{stack}.{number}."
+        return {name.removeprefix(start): tensors[name] for name in tensors if name.startswith(start)}
+
+    def mean(one: Tensors, other: Tensors) -> Tensors:
+        return {name: (one[name] + other[name]) / 2 for name in one}
+
+    expected = [layer(text, 0, first), layer(text, 1, first), mean(layer(text, 1, first), layer(text, 2, second))]
+    for number, values in enumerate(expected):
+        assert_close(layer(text, number, merged), values)
+    for number, own in enumerate([0, 1, 1]):
+        assert_close(layer(vision, number, merged), layer(vision, own, second))
+    joining = component("multi_modal_projector", first)
+    assert_close({name: merged[name] for name in joining}, mean({n: first[n] for n in joining}, second))
+    _, found = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not found["missing_keys"]
+    assert not found["unexpected_keys"]
+    assert not found["mismatched_keys"]
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gpt2", "t5", "gemma3", "paligemma"])
+def test_a_tied_head_stays_tied(family: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
+
+    for seed, name in enumerate("ab"):
+        save(family, seed, tmp_path / name)
+    models = [{"model": str(tmp_path / name)} for name in "ab"]
+    merged = ours({"merge_method": "linear", "parameters": {"weight": 1.0}, "models": models}, tmp_path / "out")
+    assert not any("lm_head" in name for name in merged)
+    kinds = {"t5": AutoModelForSeq2SeqLM, "qwen2": AutoModelForCausalLM, "gpt2": AutoModelForCausalLM}
+    model = kinds.get(family, AutoModelForImageTextToText).from_pretrained(tmp_path / "out")
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
