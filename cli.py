@@ -132,7 +132,9 @@ def check(recipe: Recipe, as_json: Json = False) -> None:
 @app.command()
 def convert(recipe: Recipe) -> None:
     """Print a mergekit YAML as a recipe of portmanteau's own, which builds the same bytes."""
-    typer.echo(recipe_text.written(load(recipe).document.value), nl=False)
+    loaded = load(recipe)
+    typer.echo(recipe_text.written(loaded.document.value), nl=False)
+    _notes(loaded.document.notes)
 
 
 @app.command()

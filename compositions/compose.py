@@ -33,7 +33,8 @@ def compose(recipe: Recipe) -> Composed | Surveyed:
 
     Raises RecipeError with every mistake found: models that cannot be opened, that do not fit, settings they refuse.
     """
-    return _Composer(recipe).result()
+    made = _Composer(recipe).result()
+    return made.noted(recipe.document.notes) if isinstance(made, Composed) else made
 
 
 class _Composer:

@@ -20,7 +20,7 @@ from .composition import composition
 from .matching import HEADS, different_vocabularies, match
 from .recipe.operator_body import SliceBody
 from .restacked_config import Origin, restacked
-from .tensorwise import Job, Rule, base_label, check, refuse_packed
+from .tensorwise import Job, Rule, base_label, check, refuse_packed, unused
 
 _FRONT = "*emb*|*wte.*|*wpe.*|*shared.weight|*.conv[12].*|*patch*|*class_token*|*ln_pre*|*layernorm_pre*|*pre_la*norm*"
 
@@ -112,7 +112,8 @@ def slices(
     refuse_packed(nodes)
     origins = [origin for piece in pieces for origin in piece.origins]
     config, more = restacked(given.companions.config, target.stack, target.several, origins)
-    return Composed("slices", nodes, replace(given.companions, config=config), tuple(dict.fromkeys([*notes, *more])))
+    notes = [*_inherited(parts), *notes, *_idle(parts, nodes), *more]
+    return Composed("slices", nodes, replace(given.companions, config=config), tuple(dict.fromkeys(notes)))
 
 
 @dataclass(frozen=True)
@@ -300,6 +301,18 @@ def _outside(
         pieces[0].outside(parts[0], target, front, notes),
         pieces[-1].outside(parts[-1], target, behind, notes),
     )
+
+
+def _inherited(parts: Sequence[Slice]) -> Iterator[str]:
+    """Go through what is to be known of the models."""
+    for model in (model for part in parts for model in part.inputs.values()):
+        yield from getattr(model, "notes", ())
+
+
+def _idle(parts: Sequence[Slice], nodes: Mapping[str, Step]) -> list[str]:
+    """Note the patterns that fit no tensor, of the result or of any model."""
+    names = {name for part in parts for model in part.inputs.values() for name in model.specs}
+    return unused([part.job for part in parts], names | nodes.keys())
 
 
 def _other_outside(parts: Sequence[Slice], pieces: Sequence[_Piece], target: _Target) -> Iterator[Mistake]:

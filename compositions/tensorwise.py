@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,7 +80,9 @@ def tensorwise(
     depths = {name: place.depth if place else 0.0 for name, place in places.items()}
     nodes = {name: job.step(met, depths[name]) for name, met in matching.tensors.items()}
     refuse_packed(nodes)
-    return Composed(operator, nodes, every[reference].companions, matching.notes)
+    names = [node.output.name for met in matching.tensors.values() for node in met.nodes.values()]
+    notes = (*matching.notes, *unused([job], {*names, *nodes}))
+    return Composed(operator, nodes, every[reference].companions, notes)
 
 
 def refuse_packed(steps: Mapping[str, Step]) -> None:
@@ -273,6 +275,22 @@ def at_depth(value: Any, depth: float) -> Any:
         return value[low]
     share = position - low
     return value[low] * (1 - share) + value[low + 1] * share
+
+
+def unused(jobs: Iterable[Job], names: Collection[str]) -> list[str]:
+    """Note the patterns that fit no tensor of these names: of rules, and of choices by name."""
+    patterns = [rule.tensors for job in jobs for rule in job.rules]
+    patterns += [found for job in jobs for value in job.settings.values() for found in _patterns(value)]
+    idle = [one for one in dict.fromkeys(patterns) if not any(matches(one, name) for name in names)]
+    return [f"no tensor is called {pattern}: what is asked for it changes nothing" for pattern in idle]
+
+
+def _patterns(value: Any) -> Iterator[str]:
+    """Go through the patterns of choices, of all models or of each."""
+    if isinstance(value, Mapping):
+        yield from (found for one in value.values() for found in _patterns(one))
+    elif by_name(value):
+        yield from (choice["tensors"] for choice in value if "tensors" in choice)
 
 
 def base_label(models: Mapping[str, Any]) -> str:

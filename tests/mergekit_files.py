@@ -33,3 +33,12 @@ def native(text: str, folder: Path) -> Any:
     path = folder / "merge.yml"
     path.write_text(dedent(text).lstrip("\n"))
     return load(path).document.value
+
+
+def notes(text: str, folder: Path) -> tuple[str, ...]:
+    """Give what a user is told of the merge that a mergekit file asks for."""
+    path = folder / "merge.yml"
+    path.write_text(dedent(text).lstrip("\n"))
+    made = compose(load(path))
+    assert isinstance(made, merge.Composed)
+    return made.notes

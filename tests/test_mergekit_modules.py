@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from portmanteau.compositions.components import component, stack_of
 from portmanteau.merge.names import Layers, Stack
-from tests.mergekit_files import NAMES, said
+from tests.mergekit_files import NAMES, notes, said
 from tests.oracles.mergekit_0_1_5 import (
     Tensors,
     assert_close,
@@ -39,6 +39,7 @@ def test_a_bundle_is_one_merge_whose_stages_are_never_files(llamas: Path) -> Non
         models: [{model: soup}]
         dtype: float32
     """
+    assert notes(text, llamas) == ("line 5: dtype: bfloat16 of the stage 'soup' has no effect: no stage is rounded",)
     before = {path.name for path in llamas.iterdir()}
     merged = ours(dedent(text), llamas / "out")
     assert {path.name for path in llamas.iterdir()} - before == {"out", "out.yml"}
@@ -46,6 +47,15 @@ def test_a_bundle_is_one_merge_whose_stages_are_never_files(llamas: Path) -> Non
     for name, values in merged.items():
         assert values.dtype == torch.float32
         torch.testing.assert_close(values, base[name] / 2 + (a[name] + b[name]) / 4, rtol=1e-6, atol=1e-6)
+
+
+def test_what_is_said_of_a_stage_is_said_of_the_result(llamas: Path) -> None:
+    stage = "name: soup\nmerge_method: linear\nparameters: {weight: [{filter: mpl, value: 2.0}, {value: 1.0}]}\n"
+    merge = (
+        "\n---\nmerge_method: task_arithmetic\nbase_model: base\nparameters: {weight: 0.5}\nmodels: [{model: soup}]\n"
+    )
+    note = "no tensor is called *mpl*: what is asked for it changes nothing"
+    assert notes(stage + "models: [{model: a}, {model: b}]" + merge, llamas) == (note,)
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.mergekit_files import AB, LINEAR, PART, native, said
+from portmanteau import cli
+from tests.mergekit_files import AB, LINEAR, PART, native, notes, said
 from tests.oracles.mergekit_0_1_5 import (
     assert_same,
     ours,
@@ -20,7 +21,9 @@ pytestmark = pytest.mark.mergekit
 
 
 @differs("unknown keys")
-def test_the_four_typos_that_mergekit_ignores_are_named_with_their_lines(llamas: Path) -> None:
+def test_the_four_typos_that_mergekit_ignores_are_named_with_their_lines(
+    llamas: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     text = """
         merge_method: ties
         base_model: base
@@ -33,12 +36,29 @@ def test_the_four_typos_that_mergekit_ignores_are_named_with_their_lines(llamas:
         parameters: {weight: 1.0}
         dtypee: float32
     """
-    assert said(text, llamas) == [
-        "3: unknown key 'modles' (did you mean 'modules'?)",
-        "6: unknown key 'parameter' (did you mean 'parameters'?)",
-        "8: ties has no parameter 'denisty' (did you mean 'density'?)",
-        "10: unknown key 'dtypee' (did you mean 'dtype'?)",
-    ]
+    path = llamas / "typos.yml"
+    path.write_text(dedent(text).lstrip("\n"))
+    monkeypatch.setattr("sys.argv", ["portmanteau", "build", str(path), str(llamas / "out")])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    assert not (llamas / "out").exists()
+    assert capsys.readouterr() == (
+        "",
+        f"{path}:3: unknown key 'modles'\n  hint: did you mean 'modules'?\n"
+        f"{path}:6: unknown key 'parameter'\n  hint: did you mean 'parameters'?\n"
+        f"{path}:8: ties has no parameter 'denisty'\n  hint: did you mean 'density'?\n"
+        f"{path}:10: unknown key 'dtypee'\n  hint: did you mean 'dtype'?\n",
+    )
+
+
+def test_a_filter_that_fits_no_tensor_is_noted(llamas: Path) -> None:
+    mistyped = "[{filter: slef_attn, value: 0.2}, {filter: lm_head, value: 0.3}, {value: 1.0}]"
+    merge = f"merge_method: linear\nparameters: {{weight: {mistyped}}}\n"
+    parts = [f"{{sources: [{{model: a, layer_range: [{first}, {first + 2}]}}]}}" for first in (0, 2)]
+    note = "no tensor is called *slef_attn*: what is asked for it changes nothing"
+    assert notes(merge + AB, llamas) == (note,)
+    assert notes(merge + f"slices: [{', '.join(parts)}]", llamas) == (note,)
 
 
 def test_keys_and_values_that_are_wrong_are_reported_together(llamas: Path) -> None:
@@ -78,6 +98,16 @@ def test_keys_and_values_that_are_wrong_are_reported_together(llamas: Path) -> N
         (LINEAR + "slices: [{sources: [{model: a, layer_range: [2, 5]}]}]", "3: slices: layers [2, 5] of a, which has"),
         (LINEAR + "models: [{model: a}, {model: c}]", "3: no file or folder 'c'"),
         (LINEAR + AB + "dtype: float99", "4: dtype is 'float99': unknown dtype 'float99'"),
+        (LINEAR + AB + "dtype: int64", "4: dtype is 'int64': weights are written as floats"),
+        (LINEAR + AB + "out_dtype: int64", "4: dtype is 'int64': weights are written as floats"),
+        (
+            "name: x\ndtype: float99\n" + LINEAR + AB + "---\n" + LINEAR + "models: [{model: x}]",
+            "2: dtype is 'float99'",
+        ),
+        (
+            LINEAR + "modules: {tower: {models: [{model: a}]}}",
+            "3: assemble: no tensor belongs to 'tower' (there are: d",
+        ),
         (LINEAR + AB + "tokenizer_source: union", "4: a union of vocabularies is not supported yet"),
         (LINEAR + AB + "tokenizer_source: base", "4: the tokenizer of the base is asked for, and there is no base_mo"),
         (LINEAR + AB + "tokenizer: {source: a, tokens: {x: {}}}", "4: tokenizer: tokens is not supported yet"),

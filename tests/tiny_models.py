@@ -145,55 +145,36 @@ def _sequences(t: Any) -> Families:
 def _seeing(t: Any) -> Families:
     """Give the vision-language models: a text decoder, a vision tower, and what joins them."""
     siglip = t.SiglipVisionConfig(**VISION).to_dict()
+    clip, llama = t.CLIPVisionConfig(**VISION), t.LlamaConfig(**TEXT)
+    gemma3, gemma = t.Gemma3TextConfig(**TEXT, head_dim=8).to_dict(), t.GemmaConfig(**TEXT, head_dim=8).to_dict()
+    pixels = {**VISION, "image_size": [8, 8], "patch_size": [4, 4]}
+    return {
+        "llava": _joined(t, "Llava", clip, llama),
+        "llava_next": _joined(t, "LlavaNext", clip, llama),
+        "gemma3": _joined(t, "Gemma3", siglip, gemma3, mm_tokens_per_image=4),
+        "paligemma": _joined(t, "PaliGemma", {**siglip, "projection_dim": 16}, gemma, projection_dim=16),
+        "mistral3": _joined(t, "Mistral3", t.PixtralVisionConfig(**VISION), t.MistralConfig(**TEXT, head_dim=8)),
+        "idefics3": _joined(t, "Idefics3", VISION, llama, scale_factor=1),
+        "internvl": _joined(t, "InternVL", pixels, t.Qwen2Config(**TEXT)),
+        **_qwens(t),
+    }
+
+
+def _qwens(t: Any) -> Families:
+    """Give those whose vision tower is called `visual`, and holds what joins it to the text."""
     merged = {**_QWEN_VISION, "intermediate_size": 24, "out_hidden_size": 16}
     mrope = {**TEXT, "rope_scaling": _MROPE}
-    pixels = {**VISION, "image_size": [8, 8], "patch_size": [4, 4]}
-
-    def joined(model: str, config: str, vision: Any, text: Any, **own: Any) -> Callable[..., tuple[str, Any]]:
-        return lambda more: (model, getattr(t, config)(vision_config=vision, text_config=text, **own, **more))
-
+    deep = {**merged, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
     return {
-        "llava": joined(
-            "LlavaForConditionalGeneration", "LlavaConfig", t.CLIPVisionConfig(**VISION), t.LlamaConfig(**TEXT)
-        ),
-        "llava_next": joined(
-            "LlavaNextForConditionalGeneration", "LlavaNextConfig", t.CLIPVisionConfig(**VISION), t.LlamaConfig(**TEXT)
-        ),
-        "gemma3": joined(
-            "Gemma3ForConditionalGeneration",
-            "Gemma3Config",
-            siglip,
-            t.Gemma3TextConfig(**TEXT, head_dim=8).to_dict(),
-            mm_tokens_per_image=4,
-        ),
-        "paligemma": joined(
-            "PaliGemmaForConditionalGeneration",
-            "PaliGemmaConfig",
-            {**siglip, "projection_dim": 16},
-            t.GemmaConfig(**TEXT, head_dim=8).to_dict(),
-            projection_dim=16,
-        ),
-        "mistral3": joined(
-            "Mistral3ForConditionalGeneration",
-            "Mistral3Config",
-            t.PixtralVisionConfig(**VISION),
-            t.MistralConfig(**TEXT, head_dim=8),
-        ),
-        "qwen2_vl": joined(
-            "Qwen2VLForConditionalGeneration",
-            "Qwen2VLConfig",
-            {**_QWEN_VISION, "embed_dim": 16, "mlp_ratio": 2},
-            mrope,
-        ),
-        "qwen2_5_vl": joined("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLConfig", merged, mrope),
-        "qwen3_vl": joined(
-            "Qwen3VLForConditionalGeneration",
-            "Qwen3VLConfig",
-            {**merged, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
-            {**mrope, "head_dim": 8},
-        ),
-        "idefics3": joined(
-            "Idefics3ForConditionalGeneration", "Idefics3Config", VISION, t.LlamaConfig(**TEXT), scale_factor=1
-        ),
-        "internvl": joined("InternVLForConditionalGeneration", "InternVLConfig", pixels, t.Qwen2Config(**TEXT)),
+        "qwen2_vl": _joined(t, "Qwen2VL", {**_QWEN_VISION, "embed_dim": 16, "mlp_ratio": 2}, mrope),
+        "qwen2_5_vl": _joined(t, "Qwen2_5_VL", merged, mrope),
+        "qwen3_vl": _joined(t, "Qwen3VL", deep, {**mrope, "head_dim": 8}),
     }
+
+
+def _joined(t: Any, kind: str, vision: Any, text: Any, **own: Any) -> Callable[..., tuple[str, Any]]:
+    config = getattr(t, f"{kind}Config")
+    return lambda more: (
+        f"{kind}ForConditionalGeneration",
+        config(vision_config=vision, text_config=text, **own, **more),
+    )

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from portmanteau.merge import PortmanteauError
+from portmanteau.merge.dtypes import parse
 from portmanteau.merge.errors import Mistake, nearest
 
 from ..recipe.lined import Lined, document_of
@@ -27,7 +30,9 @@ def translated(document: Document) -> tuple[Document | None, list[Mistake]]:
     """
     reader = _Reader(document)
     value = reader.recipe()
-    return None if reader.broken else document_of(value, document), reader.mistakes
+    if reader.broken:
+        return None, reader.mistakes
+    return replace(document_of(value, document), notes=tuple(reader.notes)), reader.mistakes
 
 
 class _Reader:
@@ -35,6 +40,7 @@ class _Reader:
 
     def __init__(self, document: Document) -> None:
         self.mistakes: list[Mistake] = []
+        self.notes: list[str] = []
         self.broken = False
         self._document = document
         values = document.value if document.bundle else [document.value]
@@ -67,6 +73,7 @@ class _Reader:
             else:
                 steps[name] = Lined(merged, (*path, "merge_method"))
                 self._refuse_output(value, path)
+                self._note_dtypes(value, path, name)
         if len(results) != 1:
             what = "no document is without `name:`" if not results else "several documents are without `name:`"
             self.wrong(results[1][1] if results else (), what, "the one without it is the result", broken=True)
@@ -128,3 +135,19 @@ class _Reader:
         for key in ("tokenizer_source", "tokenizer", "chat_template"):
             if value.get(key) is not None:
                 self.wrong((*path, key), f"{key} of a stage: only the last document's result is written", "move it")
+
+    def _note_dtypes(self, value: Mapping[str, Any], path: KeyPath, name: str) -> None:
+        """Say that a stage is not rounded, whatever its dtype: it is computed in float32 and never written."""
+        for key in ("dtype", "out_dtype"):
+            if value.get(key) is None:
+                continue
+            try:
+                parse(str(value[key]))
+            except PortmanteauError as error:
+                self.wrong((*path, key), f"{key} is {value[key]!r}: {error.mistakes[0].what}", error.mistakes[0].hint)
+                continue
+            if value[key] != "float32":
+                where = f"line {self._document.line((*path, key))}"
+                self.notes.append(
+                    f"{where}: {key}: {value[key]} of the stage {name!r} has no effect: no stage is rounded"
+                )
