@@ -11,10 +11,7 @@ from safetensors.torch import load_file
 
 from portmanteau import cli
 from tests.mergekit_files import AB, LINEAR, PART, native, notes, said
-from tests.oracles.mergekit_0_1_5 import (
-    assert_same,
-    ours,
-)
+from tests.oracles.mergekit_0_1_5 import assert_close, assert_same, ours, theirs
 from tests.oracles.mergekit_differences import differs
 
 pytestmark = pytest.mark.mergekit
@@ -158,6 +155,22 @@ def test_a_parameter_holds_from_the_nearest_level_whose_filters_fit(llamas: Path
     for inner, factor in (("mlp.up_proj", 2), ("mlp.down_proj", 3), ("self_attn.q_proj", 4), ("mlp.gate_proj", 0)):
         name = f"model.layers.2.{inner}.weight"
         torch.testing.assert_close(merged[name], a[name] * factor)
+
+
+def test_a_slice_may_have_a_base_of_its_own(llamas: Path) -> None:
+    source = lambda name, *ends: {"model": str(llamas / name), "layer_range": list(ends)}  # noqa: E731
+    config = {
+        "merge_method": "task_arithmetic",
+        "dtype": "float32",
+        "base_model": str(llamas / "base"),
+        "parameters": {"weight": 0.4},
+        "slices": [
+            {"sources": [source("base", 0, 2), source("a", 0, 2)]},
+            {"sources": [source("a", 1, 3), source("b", 2, 4)], "base_model": str(llamas / "b")},
+            {"sources": [source("base", 3, 4), source("b", 3, 4)], "parameters": {"weight": 1.1}},
+        ],
+    }
+    assert_close(ours(config, llamas / "ours"), theirs(config, llamas / "theirs"))
 
 
 # ---- references -------------------------------------------------------------------------------------------------
