@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -11,13 +11,13 @@ from pydantic import Field
 
 from portmanteau.merge import Checkpoint, Composed, MergeError
 from portmanteau.merge.errors import Mistake, some
-from portmanteau.merge.names import Stack, matches
+from portmanteau.merge.names import Layers, align, matches
 from portmanteau.merge.node import Node, Step, copy_of
 
 from .components import component, known
 from .composition import composition
 from .matching import different_vocabularies
-from .restacked_config import Origin, restacked
+from .restacked_config import Origin, is_true_of, restacked
 
 _WORD = re.compile(r"\w+(\.\w+)*")
 
@@ -47,28 +47,48 @@ def assemble(
 
     Raises MergeError where a tensor fits no part, where a part fits none, and where vocabularies differ.
     """
-    names = list(dict.fromkeys(name for model in parts.values() for name in model.specs))
+    first = donor or next(iter(parts.values()))
+    taken, notes = _named_as(first, parts)
+    names = list(dict.fromkeys([*first.specs, *(name for nodes in taken.values() for name in nodes)]))
+    layers = Layers(names)
     owner, mistakes = _owners(list(parts), names)
     lost = [name for name in names if name not in owner]
     if lost:
         hint = f"there are: {', '.join(known(names))}; the last takes the rest"
         mistakes.append(Mistake("parts", f"no part takes {some(lost)}", hint))
     nodes: dict[str, Node] = {}
-    for key, model in parts.items():
-        lacking = [name for name in names if owner.get(name) == key and _lacks(model, name, parts.values())]
+    for key, found in taken.items():
+        lacking = [name for name in names if owner.get(name) == key and _lacks(found, name, layers)]
         if lacking:
-            mistakes.append(Mistake("parts", f"{model.label} lacks {some(lacking)}, which others have"))
-        for name in [name for name in model.specs if owner.get(name) == key]:
-            spec, node = model.specs[name], model.node(name)
-            nodes[name] = node if isinstance(node, Step) else copy_of(node, replace(spec, name=name), model.label)
-    first = donor or next(iter(parts.values()))
+            mistakes.append(Mistake("parts", f"{parts[key].label} lacks {some(lacking)}, which others have"))
+        nodes |= {name: node for name, node in found.items() if owner.get(name) == key}
     mistakes += different_vocabularies({"donor": first, **{f"part {key}": one for key, one in parts.items()}}, "donor")
     if mistakes:
         raise MergeError.of(mistakes)
-    config, notes = _true_config(first, parts, owner)
-    notes = [*(note for model in parts.values() if isinstance(model, Composed) for note in model.notes), *notes]
+    config, more = _true_config(first, parts, owner)
+    notes = [*(note for model in parts.values() for note in getattr(model, "notes", ())), *notes, *more]
     companions = replace(first.companions, config=config)
     return Composed("assemble", {n: nodes[n] for n in names if n in nodes}, companions, tuple(dict.fromkeys(notes)))
+
+
+def _named_as(donor: Checkpoint, parts: Mapping[str, Checkpoint]) -> tuple[dict[str, dict[str, Step]], list[str]]:
+    """Give the tensors of each part under the donor's names, and notes on what was renamed.
+
+    A language model that becomes the text decoder of a vision-language model calls its layers `model.layers`.
+    """
+    taken: dict[str, dict[str, Step]] = {}
+    notes = []
+    for key, model in parts.items():
+        found = align(model.specs, donor.specs)
+        if found is not None:
+            notes.append(f"{model.label}: {len(found.renamed)} tensors renamed to those of {donor.label}: {found}")
+        taken[key] = {}
+        for own, spec in model.specs.items():
+            name = found.added + own.removeprefix(found.removed) if found is not None else own
+            node = model.node(own)
+            made = node if isinstance(node, Step) else copy_of(node, spec, model.label)
+            taken[key][name] = replace(made, output=replace(made.output, name=name))
+    return taken, notes
 
 
 def _owners(parts: list[str], names: list[str]) -> tuple[dict[str, str], list[Mistake]]:
@@ -87,12 +107,12 @@ def _owners(parts: list[str], names: list[str]) -> tuple[dict[str, str], list[Mi
     return owner, mistakes
 
 
-def _lacks(model: Checkpoint, name: str, others: Iterable[Checkpoint]) -> bool:
-    """Tell whether a model lacks a tensor. Of a stack of layers that it has too, it may have as many as it likes."""
-    if name in model.specs:
+def _lacks(own: Collection[str], name: str, layers: Layers) -> bool:
+    """Tell whether a part lacks a tensor. Of a stack of layers that it has too, it may have as many as it likes."""
+    if name in own:
         return False
-    place = next((place for one in others if (place := one.layers.place(name))), None)
-    return place is None or not any(own.startswith(f"{place.stack.prefix}.0.") for own in model.specs)
+    place = layers.place(name)
+    return place is None or not any(other.startswith(f"{place.stack.prefix}.0.") for other in own)
 
 
 def _true_config(
@@ -101,20 +121,17 @@ def _true_config(
     """Make the donor's config say how many layers, and of which kinds, the stacks of the parts have."""
     config, notes = donor.companions.config, []
     several = len(donor.layers.stacks) > 1
-    for stack, model, own in _foreign(donor, parts, owner):
+    for stack in donor.layers.stacks:
+        name = next(name for name in donor.specs if (place := donor.layers.place(name)) and place.stack == stack)
+        model = parts[owner[name]]
+        own = next((one for one in model.layers.stacks if _is_same(one.prefix, stack.prefix)), stack)
         origins = [Origin(model.label, model.companions.config, own, i) for i in range(own.count)]
-        config, more = restacked(config, stack, several, origins)
-        notes += more
+        if not is_true_of(config, stack, origins[0]):
+            config, more = restacked(config, stack, several, origins)
+            notes += more
     return config, notes
 
 
-def _foreign(
-    donor: Checkpoint, parts: Mapping[str, Checkpoint], owner: Mapping[str, str]
-) -> Iterator[tuple[Stack, Checkpoint, Stack]]:
-    """Find the donor's stacks whose layers come from a model with another config: the stack, the model, its stack."""
-    for stack in donor.layers.stacks:
-        names = [name for name in donor.specs if (place := donor.layers.place(name)) and place.stack == stack]
-        model = next((parts[owner[name]] for name in names if name in owner), donor)
-        own = next((one for one in model.layers.stacks if one.prefix == stack.prefix), stack)
-        if model is not donor and model.companions.config != donor.companions.config:
-            yield stack, model, own
+def _is_same(one: str, other: str) -> bool:
+    """Tell whether two stacks are called the same, but for a prefix of either model."""
+    return f".{one}".endswith(f".{other}") or f".{other}".endswith(f".{one}")

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 from itertools import takewhile
 
+from portmanteau.merge import Checkpoint, Composed, MergeError
 from portmanteau.merge.companions import INPUT_EMBEDDINGS
 from portmanteau.merge.names import Layers, Stack, matches
 
@@ -49,6 +50,16 @@ def component(word: str, names: Iterable[str]) -> list[str]:
         return [name for name in outside if not {"encoder", "decoder"} & set(name.split("."))]
     found = [name for name in names if _holds(_front(name, layers), word)]
     return found or _moved(word, names, layers)
+
+
+def part_of(model: Checkpoint, word: str) -> Composed:
+    """Give a model that is one component of another. Raises MergeError where it has none of that name."""
+    own = component(word, model.specs)
+    if not own:
+        what, hint = f"{model.label} has no component {word!r}", f"there are: {', '.join(known(model.specs))}"
+        raise MergeError("only", what, hint)
+    nodes = {name: model.node(name) for name in own}
+    return Composed(model.label, nodes, model.companions, getattr(model, "notes", ()))
 
 
 def stack_of(word: str, layers: Layers, names: Iterable[str]) -> Stack | None:

@@ -80,13 +80,37 @@ def restacked(
             home[name] = len(origins)
         elif name in _NUMBERS and isinstance(value, list):
             home[name] = [i for i, one in enumerate(origins) if one.layer in (_home(one).get(name) or ())]
-        elif isinstance(value, list) and len(value) == stack.count and name not in _NOT_BY_LAYER:
+        elif _by_layer(name, value, stack):
             home[name] = [_entry(name, one, mistakes) for one in origins]
     if isinstance(home.get("attention_types"), list) and isinstance(home.get("attention_layers"), list):
         home["attention_types"] = [[home["attention_layers"], 1]]  # GPT-Neo: a pattern and how often it is repeated
     if mistakes:
         raise MergeError.of(mistakes)
     return ({**config, key: home} if key else home), _notes(home, stack, origins)
+
+
+def is_true_of(config: Mapping[str, Any] | None, stack: Stack, other: Origin) -> bool:
+    """Tell whether a config is true of its stack with the layers of another model: as many, and of the same kinds.
+
+    Args:
+        config: the config; None is true of anything.
+        stack: its stack.
+        other: the other model, and its stack.
+
+    """
+    if config is None or other.config is None:
+        return config is None or other.stack.count == stack.count
+    key = _part(config, stack)
+    own, theirs = config[key] if key else config, _home(other)
+    same = (own[name] == theirs[name] for name in own.keys() & theirs.keys() if _by_layer(name, own[name], stack))
+    return other.stack.count == stack.count and all(same)
+
+
+def _by_layer(name: str, value: Any, stack: Stack) -> bool:
+    """Tell whether a value has an entry for each layer, or is a list of layers."""
+    if not isinstance(value, list) or name in _NOT_BY_LAYER:
+        return False
+    return name in _NUMBERS or len(value) == stack.count
 
 
 def _part(config: Mapping[str, Any], stack: Stack) -> str:

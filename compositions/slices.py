@@ -15,7 +15,7 @@ from portmanteau.merge.names import Stack, matches
 from portmanteau.merge.node import copy_of
 from portmanteau.merge.tensor_spec import TensorSpec
 
-from .components import stack_of
+from .components import part_of, stack_of
 from .composition import composition
 from .matching import HEADS, different_vocabularies, match
 from .recipe.operator_body import SliceBody
@@ -54,6 +54,11 @@ class Slice:
         """The base, where there is one, and the models, by name."""
         return {**({base_label(self.models): self.base} if self.base is not None else {}), **self.models}
 
+    def only(self, word: str) -> Slice:
+        """Give the same of one component of the models."""
+        models = {label: part_of(model, word) for label, model in self.models.items()}
+        return replace(self, models=models, base=part_of(self.base, word) if self.base is not None else None)
+
     @property
     def job(self) -> Job:
         """What is done to its tensors."""
@@ -79,6 +84,9 @@ def slices(
         str | None,
         Field(description="which stack of layers, where there are several: its name, a pattern, or its component"),
     ] = None,
+    only: Annotated[
+        str | None, Field(description="restack one component of the models, and leave the others out: for `assemble`")
+    ] = None,
 ) -> Composed:
     """Put a stack of layers together from layers of models.
 
@@ -90,8 +98,13 @@ def slices(
 
     Raises MergeError for models that do not fit, ranges beyond their layers, and a config that cannot be made true.
     """
-    pieces = _pieces(parts, stack)
+    if not parts:
+        raise MergeError("parts", "there are no slices")
     given = donor or outside or next(iter(parts[0].inputs.values()))
+    several = len(given.layers.stacks) > 1
+    if only is not None:
+        given, parts, stack = part_of(given, only), [part.only(only) for part in parts], None
+    pieces = _pieces(parts, stack)
     target = _Target(given, _stack(given, stack, "donor"))
     nodes: dict[str, Step] = {}
     notes: list[str] = []
@@ -111,7 +124,7 @@ def slices(
     nodes = {**front, **nodes, **behind}
     refuse_packed(nodes)
     origins = [origin for piece in pieces for origin in piece.origins]
-    config, more = restacked(given.companions.config, target.stack, target.several, origins)
+    config, more = restacked(given.companions.config, target.stack, several, origins)
     notes = [*_inherited(parts), *notes, *_idle(parts, nodes), *more]
     return Composed("slices", nodes, replace(given.companions, config=config), tuple(dict.fromkeys(notes)))
 
@@ -141,11 +154,6 @@ class _Target:
 
     model: Checkpoint
     stack: Stack
-
-    @property
-    def several(self) -> bool:
-        """Tell whether there are other stacks, which stay as they are."""
-        return len(self.model.layers.stacks) > 1
 
     @cached_property
     def outside(self) -> list[str]:
@@ -219,7 +227,7 @@ class _Piece:
 def _pieces(parts: Sequence[Slice], word: str | None) -> list[_Piece]:
     """Find the stack and the range of every model of every slice. Raises MergeError with all mistakes."""
     pieces: list[_Piece] = []
-    mistakes = [] if parts else [Mistake("parts", "there are no slices")]
+    mistakes: list[Mistake] = []
     begin = 0
     for number, part in enumerate(parts):
         where = f"parts.{number}"

@@ -16,6 +16,7 @@ from portmanteau.merge.node import Inputs, copy_of
 from portmanteau.merge.operator import Setting
 from portmanteau.merge.registry import find, operators
 
+from .components import part_of
 from .matching import Met, match
 
 Path = tuple[str | int, ...]
@@ -50,6 +51,7 @@ def tensorwise(
     settings: Mapping[str, Any] | None = None,
     rules: Sequence[Rule] = (),
     unmatched: str = "error",
+    only: str | None = None,
 ) -> Composed:
     """Apply one operator to every tensor of the models.
 
@@ -65,13 +67,15 @@ def tensorwise(
         settings: the operator's settings.
         rules: exceptions by tensor name.
         unmatched: `error`, `keep` or `drop` tensors that not every model has.
+        only: merge one component of the models, such as `text_decoder`, and leave the others out: for `assemble`.
 
     Raises MergeError with all mistakes found: settings, names, shapes.
     """
     mistakes = list(check(operator, list(models), base is not None, settings or {}, rules))
     if mistakes:
         raise MergeError.of(Mistake(_dotted(path), what, hint) for path, what, hint in mistakes)
-    every = {**({base_label(models): base} if base is not None else {}), **models}
+    whole = {**({base_label(models): base} if base is not None else {}), **models}
+    every = whole if only is None else {label: part_of(model, only) for label, model in whole.items()}
     reference = next(iter(every))
     matching = match(every, reference, unmatched)
     job = Job(tuple(models), reference if base is not None else None, operator, settings or {}, tuple(rules))
@@ -80,8 +84,8 @@ def tensorwise(
     depths = {name: place.depth if place else 0.0 for name, place in places.items()}
     nodes = {name: job.step(met, depths[name]) for name, met in matching.tensors.items()}
     refuse_packed(nodes)
-    names = [node.output.name for met in matching.tensors.values() for node in met.nodes.values()]
-    notes = (*matching.notes, *unused([job], {*names, *nodes}))
+    names = {name for model in whole.values() for name in model.specs}
+    notes = (*matching.notes, *unused([job], names | nodes.keys()))
     return Composed(operator, nodes, every[reference].companions, notes)
 
 

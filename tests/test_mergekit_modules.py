@@ -8,7 +8,7 @@ from textwrap import dedent
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from portmanteau.compositions.components import component, stack_of
 from portmanteau.merge.names import Layers, Stack
@@ -167,6 +167,51 @@ def test_a_vision_language_model_is_merged_by_component_and_loads(family: str, t
     assert not found["missing_keys"]
     assert not found["unexpected_keys"]
     assert not found["mismatched_keys"]
+
+
+def test_a_language_model_becomes_the_text_decoder_of_a_vision_language_model(tmp_path: Path) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    save("llava", 1, tmp_path / "seeing")
+    for seed, name in ((2, "one"), (3, "two")):
+        save("llama", seed, tmp_path / name, num_hidden_layers=3)
+    text = """
+        merge_method: linear
+        parameters: {weight: 1.0}
+        modules:
+          vision_tower: {models: [{model: seeing}]}
+          multi_modal_projector: {models: [{model: seeing}]}
+          text_decoder: {models: [{model: one}, {model: two}]}
+    """
+    merged = ours(dedent(text), tmp_path / "out")
+    seeing, one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("seeing", "one", "two"))
+    mean = {f"language_model.{name}": (one[name] + two[name]) / 2 for name in one}
+    assert mean.keys() < seeing.keys()
+    assert_close(merged, {**seeing, **mean})
+    _, found = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(found[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    told = f"one: {len(one)} tensors renamed to those of seeing: prefix 'language_model.' added"
+    assert told.replace("one:", "text_decoder:") in notes(text, tmp_path)
+
+
+def test_what_a_module_does_not_merge_may_differ(tmp_path: Path) -> None:
+    save("llava", 1, tmp_path / "a")
+    save("llava", 2, tmp_path / "b", image_seq_length=16)
+    tensors = load_file(tmp_path / "b" / "model.safetensors")
+    tensors["vision_tower.embeddings.patch_embedding.weight"] = torch.zeros(16, 3, 2, 2)
+    save_file(tensors, tmp_path / "b" / "model.safetensors", {"format": "pt"})
+    text = """
+        merge_method: linear
+        parameters: {weight: 1.0}
+        modules:
+          vision_tower: {models: [{model: a}]}
+          multi_modal_projector: {models: [{model: a}]}
+          text_decoder: {models: [{model: a}, {model: b}]}
+    """
+    merged = ours(dedent(text), tmp_path / "out")
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    text_only = {name: (a[name] + b[name]) / 2 for name in component("text_decoder", a)}
+    assert_close(merged, {**a, **text_only})
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gpt2", "t5", "gemma3", "paligemma"])

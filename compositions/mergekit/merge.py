@@ -60,23 +60,24 @@ class Merge:
         return self._part(self._value, self._path, self._levels, None)
 
     def _part(
-        self, holder: Mapping[str, Any], path: KeyPath, levels: Sequence[Level], stack: str | None
+        self, holder: Mapping[str, Any], path: KeyPath, levels: Sequence[Level], module: str | None
     ) -> dict[str, Any]:
         """Write the `models` or the `slices` of a document or of a module."""
         if holder.get("models"):
-            return self._models(holder["models"], (*path, "models"), levels)
-        return self._slices(holder["slices"], (*path, "slices"), levels, stack)
+            return self._models(holder["models"], (*path, "models"), levels, module)
+        return self._slices(holder["slices"], (*path, "slices"), levels, module)
 
-    def _models(self, value: Any, path: KeyPath, levels: Sequence[Level]) -> dict[str, Any]:
+    def _models(self, value: Any, path: KeyPath, levels: Sequence[Level], module: str | None) -> dict[str, Any]:
         entries = self._entries(value, path, ("model", "parameters"))
         base, labels = self._base, [label for label, _, _ in entries]
         takes = self._method.takes_base if self._method else "no"
         if base is not None and base not in labels and takes in ("first", "no"):
             entries = [(base, {}, (*self._path, "base_model")), *entries]
         body = self._body(entries, base, path, levels, base_given=base is not None)
-        return {self._method.operator if self._method else "linear": body}
+        only = {"only": module} if module is not None else {}
+        return {self._method.operator if self._method else "linear": {**body, **only}}
 
-    def _slices(self, value: Any, path: KeyPath, levels: Sequence[Level], stack: str | None) -> dict[str, Any]:
+    def _slices(self, value: Any, path: KeyPath, levels: Sequence[Level], module: str | None) -> dict[str, Any]:
         parts = []
         known = ("sources", "base_model", "parameters", "residual_weight")
         for i, one in enumerate(self._list(value, path)):
@@ -90,7 +91,7 @@ class Merge:
             if one.get("residual_weight") is not None:
                 self._wrong((*here, "residual_weight"), "residual_weight has no effect in mergekit", "leave it out")
             parts.append(Lined(self._slice(one, here, levels), here))
-        more: dict[str, Any] = {"stack": stack} if stack else {}
+        more: dict[str, Any] = {"only": module} if module is not None else {}
         if self._base is not None:
             more["donor"] = Lined(self._base, (*self._path, "base_model"))
         return {"slices": {"parts": parts, **more} if more else parts}
@@ -166,9 +167,10 @@ class Merge:
             self._unknown(one, ("models", "slices", "parameters"), here)
             level = Level.of(one, here, self._wrong)
             self._known(level)
+            merged = self._part(one, here, [level, *self._levels], name if name != REST else None)
             if list(value) == [REST]:
-                return self._part(one, here, [level, *self._levels], None)
-            steps[self._prefix + name] = Lined(self._part(one, here, [level, *self._levels], name), here)
+                return merged
+            steps[self._prefix + name] = Lined(merged, here)
             parts[name] = Lined(self._prefix + name, here)
         ordered = dict(sorted(parts.items(), key=lambda part: part[0] == REST))  # what takes the rest comes last
         donor = self._base if self._base is not None else self._first
