@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from portmanteau import merge
 from portmanteau.compositions.components import component, stack_of
 from portmanteau.merge.names import Layers, Stack
 from tests.mergekit_files import NAMES, notes, said
@@ -51,11 +52,11 @@ def test_a_bundle_is_one_merge_whose_stages_are_never_files(llamas: Path) -> Non
 
 def test_what_is_said_of_a_stage_is_said_of_the_result(llamas: Path) -> None:
     stage = "name: soup\nmerge_method: linear\nparameters: {weight: [{filter: mpl, value: 2.0}, {value: 1.0}]}\n"
-    merge = (
+    final = (
         "\n---\nmerge_method: task_arithmetic\nbase_model: base\nparameters: {weight: 0.5}\nmodels: [{model: soup}]\n"
     )
     note = "no tensor is called *mpl*: what is asked for it changes nothing"
-    assert notes(stage + "models: [{model: a}, {model: b}]" + merge, llamas) == (note,)
+    assert notes(stage + "models: [{model: a}, {model: b}]" + final, llamas) == (note,)
 
 
 @pytest.fixture
@@ -192,6 +193,21 @@ def test_a_language_model_becomes_the_text_decoder_of_a_vision_language_model(tm
     assert not any(found[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     told = f"one: {len(one)} tensors renamed to those of seeing: prefix 'language_model.' added"
     assert told.replace("one:", "text_decoder:") in notes(text, tmp_path)
+
+
+def test_a_recipe_merges_a_language_model_into_a_component(tmp_path: Path) -> None:
+    save("llava", 1, tmp_path / "vlm")
+    save("llama", 2, tmp_path / "llm", num_hidden_layers=3)
+    recipe = """
+        steps: {text: {linear: {models: {./vlm: 0.75, ./llm: 0.25}, only: text_decoder}}}
+        merge: {assemble: {parts: {text_decoder: text, default: ./vlm}, donor: ./vlm}}
+    """
+    merged = ours(dedent(recipe), tmp_path / "out")
+    vlm, llm = (load_file(tmp_path / name / "model.safetensors") for name in ("vlm", "llm"))
+    text = {f"language_model.{name}": vlm[f"language_model.{name}"] * 0.75 + llm[name] * 0.25 for name in llm}
+    assert_close(merged, {**vlm, **text})
+    with pytest.raises(merge.RecipeError, match="vlm has no component 'audio_tower'"):
+        ours(dedent(recipe).replace("only: text_decoder", "only: audio_tower"), tmp_path / "wrong")
 
 
 def test_what_a_module_does_not_merge_may_differ(tmp_path: Path) -> None:

@@ -24,8 +24,8 @@ DIFFERENT = {
     "we keep it in the first block, made as the first slice is",
     "layers that are none": "mergekit takes the two maps in a Qwen-VL's merger for layers, so gradients run over them; "
     "we take them for tensors outside the layers",
-    "names": "mergekit writes LLaVA-like models under transformers' names in memory, and loses what its tables miss; "
-    "we keep the checkpoint's names",
+    "names": "mergekit writes a LLaVA as transformers 5 saves it under other names, without its text decoder; "
+    "we keep the checkpoint's names, and all tensors",
     "architectures": "mergekit fails on T5 v1.0, Whisper, Qwen2-VL and Gemma 3 as transformers 5 saves them; we do not",
 }
 
