@@ -22,6 +22,8 @@ from .sparse_fine_tune import Term, sparse_fine_tune
 from .stack_adapters import stack_adapters
 from .swap_lora import swap_lora
 from .tensorwise import Rule, tensorwise
+from .vocabulary.row_maps import RowOf, TokenRule
+from .vocabulary.shared import with_vocabulary
 from .zones import Ends, Zone
 
 __all__ = [
@@ -31,10 +33,12 @@ __all__ = [
     "Exponential",
     "Overlap",
     "Recipe",
+    "RowOf",
     "Rule",
     "Slice",
     "Soup",
     "Term",
+    "TokenRule",
     "Try",
     "Zone",
     "accumulative_averages",
@@ -60,4 +64,5 @@ __all__ = [
     "swap_lora",
     "tensorwise",
     "training",
+    "with_vocabulary",
 ]

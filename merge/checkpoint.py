@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from .companions import Companions, true_config
 from .errors import CheckpointError, some
@@ -42,6 +42,10 @@ class Checkpoint(ABC):
 
         Raises KeyError for an unknown name and CheckpointError where the file does not hold what its header promised.
         """
+
+    @abstractmethod
+    def beside(self, companions: Companions) -> Self:
+        """Give the same checkpoint with other companions."""
 
     def __getitem__(self, name: str) -> Tensor:
         """Make one tensor now."""

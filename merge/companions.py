@@ -18,9 +18,10 @@ from .names import matches
 from .tensor_spec import TensorSpec
 
 CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
 _CARRIED = "|".join(
     (
-        "generation_config.json",
+        GENERATION_CONFIG,
         "tokenizer*|vocab.*|vocab*.json|merges.txt|special_tokens_map.json|added_tokens.json|*.model|*.spm|*.tiktoken",
         "chat_template.*",
         "*processor_config.json|sentence_*_config.json|config_sentence_transformers.json|modules.json|tekken.json|bpe.codes",
@@ -34,7 +35,8 @@ _TOKENIZER = (
 )
 _TEMPLATES = "chat_template.*|additional_chat_templates/*"
 INPUT_EMBEDDINGS = (
-    "*embed_tokens.weight|*word_embeddings.weight|*wte.weight|*embed_in.weight|shared.weight|*tok_embeddings.weight"
+    "*embed_tokens.weight|*word_embeddings.weight|*wte.weight|*embed_in.weight|shared.weight|*.shared.weight"
+    "|*tok_embeddings.weight|backbone.embeddings.weight"
 )
 
 
@@ -78,9 +80,21 @@ class Companions:
         files = {name: path for name, path in self.files.items() if not matches("chat_template.*", name)}
         return replace(self, files=files, texts={**self.texts, "chat_template.jinja": text})
 
+    def json(self, name: str) -> dict[str, Any] | None:
+        """Give a JSON file that is written or copied; None where there is none of that name."""
+        if name in self.texts:
+            found: dict[str, Any] = json.loads(self.texts[name])
+            return found
+        return read_json(self.files[name]) if name in self.files else None
+
     def with_tokenizer_of(self, other: Companions) -> Companions:
-        """Take every file but the config from another checkpoint."""
-        return replace(self, files=other.files)
+        """Take every file but the config from another checkpoint, and of the own ones what says how to generate."""
+        own = {name: path for name, path in self.files.items() if name == GENERATION_CONFIG}
+        texts = {name: text for name, text in self.texts.items() if name not in other.files}
+        derived = {name: make for name, make in self.derived.items() if name not in other.files}
+        return replace(
+            self, files={**own, **other.files}, texts={**texts, **other.texts}, derived={**derived, **other.derived}
+        )
 
     def with_texts_of(self, other: Companions) -> Companions:
         """Add what is written for another: what a survey settled."""
@@ -131,9 +145,15 @@ def true_config(config: Mapping[str, Any], specs: Iterable[TensorSpec]) -> dict[
         if len(weight) == 1:
             result = {key: _typed(key, value, dtype) for key, value in result.items()}
     rows = {spec.shape[0] for spec in specs if len(spec.shape) == 2 and matches(INPUT_EMBEDDINGS, spec.name)}
-    if len(rows) == 1 and isinstance(result.get("vocab_size"), int):
-        result["vocab_size"] = rows.pop()
-    return result
+    return _with_rows(result, rows.pop()) if len(rows) == 1 else result
+
+
+def _with_rows(config: dict[str, Any], rows: int) -> dict[str, Any]:
+    """Set the size of the vocabulary, where a config has it or the config of its text part."""
+    text = config.get("text_config")
+    if isinstance(text, dict) and isinstance(text.get("vocab_size"), int):
+        config = {**config, "text_config": {**text, "vocab_size": rows}}
+    return {**config, "vocab_size": rows} if isinstance(config.get("vocab_size"), int) else config
 
 
 def _typed(key: str, value: Any, dtype: str) -> Any:
@@ -152,6 +172,8 @@ def write(companions: Companions, folder: Path, specs: Iterable[TensorSpec]) -> 
         (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
         names.append(CONFIG)
     for name, path in companions.files.items():
+        if name in companions.texts or name in companions.derived:
+            continue
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)

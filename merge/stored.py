@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, Self
 
 from .checkpoint import Checkpoint
 from .companions import Companions, gather, read_json
@@ -76,6 +76,10 @@ class StoredCheckpoint(Checkpoint):
     def folder(self) -> Path:
         """The folder of its files."""
         return self.files[0].path.parent
+
+    def beside(self, companions: Companions) -> Self:
+        """Give the same checkpoint with other companions."""
+        return type(self)(self.label, self.files, companions, self.revision, self.repository)
 
     def node(self, name: str) -> Source:
         """Give the stored tensor."""

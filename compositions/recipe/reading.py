@@ -18,10 +18,12 @@ from portmanteau.merge.units import byte_count
 from ..composition import compositions
 from ..mergekit.document import is_mergekit, translated
 from ..slices import Slice
+from ..vocabulary.chat_templates import TEMPLATES
 from .lines import Document, KeyPath, read
 from .operator_body import Finding, OperatorBody, SliceBody, each_slice, operator_arguments
 from .reference import Reference, references
 from .schema import schema_of, validated
+from .tokenizer import UNION, ZERO, TokenizerBody
 
 _KEYS = ("models", "steps", "merge", "output")
 
@@ -35,8 +37,8 @@ class Output(_Strict):
 
     dtype: str | None = None
     shard_size: int = 5_000_000_000
-    tokenizer: Reference | None = None
-    chat_template: str | None = None  # `auto`: the commonest of the models'; else a Jinja text
+    tokenizer: TokenizerBody | None = None
+    chat_template: str | None = None  # `auto`: the commonest of the models'; a known name; else a Jinja text
 
     @field_validator("dtype")
     @classmethod
@@ -52,8 +54,8 @@ class Output(_Strict):
     @field_validator("chat_template")
     @classmethod
     def _is_template(cls, value: str | None) -> str | None:
-        if value is not None and value != "auto" and "{" not in value:
-            raise ValueError("neither auto nor a Jinja template")
+        if value is not None and "{" not in value and value not in (known := ("auto", *TEMPLATES)):
+            raise ValueError(f"no Jinja template and no known name; {nearest(value, known)}")
         return value
 
     @field_validator("shard_size", mode="before")
@@ -229,8 +231,13 @@ class _Reader:
                 elif reference.path in steps and not reference.may_be_step:
                     what = f"{reference.path!r} is a step; adapters and sparse fine-tunes are read from disk"
                     self._wrong(path, what, "build it first, by a recipe of its own")
-        if output.tokenizer is not None and output.tokenizer.path not in names:
-            self._check_place(output.tokenizer, folder, ("output", "tokenizer"), names)
+        for name in sorted({UNION, ZERO} & {*names} if output.tokenizer is not None else ()):
+            section = "models" if name in models else "steps"
+            self._wrong((section, name), f"{name!r} is a word of output.tokenizer", "call it something else")
+        asked = output.tokenizer.references(("output", "tokenizer")) if output.tokenizer is not None else ()
+        for path, reference in asked:
+            if reference.path not in names:
+                self._check_place(reference, folder, path, names)
 
     def _check_place(self, reference: Reference, folder: Path, path: KeyPath, names: list[str]) -> None:
         place = reference.local(folder)
