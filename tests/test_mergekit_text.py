@@ -7,6 +7,7 @@ from textwrap import dedent
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from portmanteau import cli
@@ -47,6 +48,18 @@ def test_the_four_typos_that_mergekit_ignores_are_named_with_their_lines(
         f"{path}:8: ties has no parameter 'denisty'\n  hint: did you mean 'density'?\n"
         f"{path}:10: unknown key 'dtypee'\n  hint: did you mean 'dtype'?\n",
     )
+
+
+def test_parameters_of_the_base_are_noted_where_they_have_no_effect(llamas: Path) -> None:
+    base = "{model: base, parameters: {weight: 0.9, density: 0.1}}"
+    text = f"merge_method: ties\nbase_model: base\nparameters: {{weight: 0.5}}\nmodels: [{base}, {{model: a}}]\n"
+    told = (
+        "line 4: weight of the base_model has no effect in ties",
+        "line 4: density of the base_model has no effect in ties",
+    )
+    assert notes(text, llamas) == told
+    config = text.replace("model: a", f"model: {llamas / 'a'}").replace(": base", f": {llamas / 'base'}")
+    assert_close(ours(text, llamas / "ours"), theirs(yaml.safe_load(config), llamas / "theirs"))
 
 
 def test_a_filter_that_fits_no_tensor_is_noted(llamas: Path) -> None:
@@ -103,7 +116,7 @@ def test_keys_and_values_that_are_wrong_are_reported_together(llamas: Path) -> N
         ),
         (
             LINEAR + "modules: {tower: {models: [{model: a}]}}",
-            "3: assemble: no tensor belongs to 'tower' (there are: d",
+            "3: linear: a has no component 'tower'",
         ),
         (LINEAR + AB + "tokenizer_source: union", "4: a has no tokenizer"),
         (LINEAR + AB + "tokenizer_source: base", "4: the tokenizer of the base is asked for, and there is no base_mo"),

@@ -55,6 +55,10 @@ class _Reader:
         self.mistakes.append(Mistake(self._document.where(path), what, hint))
         self.broken |= broken
 
+    def note(self, path: KeyPath, what: str) -> None:
+        """Note what a user should know, and need not change."""
+        self.notes.append(f"line {self._document.line(path)}: {what}")
+
     def recipe(self) -> dict[str, Any]:
         """Write the recipe."""
         steps: dict[str, Any] = {}
@@ -65,7 +69,8 @@ class _Reader:
                 self.wrong(path, "is no mergekit document: a mapping with the key `merge_method`", broken=True)
                 continue
             name = value.get("name") if self._document.bundle else None
-            merged = Merge(value, path, self._references, self.wrong, "" if name is None else f"{name}-").result(steps)
+            prefix = "" if name is None else f"{name}-"
+            merged = Merge(value, path, self._references, self.wrong, self.note, prefix).result(steps)
             if name is None:
                 results.append((merged, (*path, "merge_method")))
                 output = self._output(value, path)

@@ -26,7 +26,13 @@ class Merge:
     """Reads how one document merges."""
 
     def __init__(
-        self, value: Mapping[str, Any], path: KeyPath, references: References, wrong: Wrong, prefix: str
+        self,
+        value: Mapping[str, Any],
+        path: KeyPath,
+        references: References,
+        wrong: Wrong,
+        note: Callable[[KeyPath, str], None],
+        prefix: str,
     ) -> None:
         """Read the keys of a document that stands at `path`; its modules' steps are named with the prefix."""
         self._wrong, self._value, self._path, self._references = wrong, value, path, references
@@ -38,7 +44,7 @@ class Merge:
             what = f"unknown merge_method {name!r}" if name is not None else "lacks the key 'merge_method'"
             self._wrong((*path, "merge_method"), what, nearest(str(name), METHODS), broken=True)
         self._method: Method | None = METHODS.get(str(name))
-        self._parameters = Parameters(str(name), self._method or METHODS["linear"], self._told)
+        self._parameters = Parameters(str(name), self._method or METHODS["linear"], self._told, note)
         self._levels = [Level.of(value, path, self._wrong)]
         self._known(self._levels[0])
         base = value.get("base_model")
