@@ -14,7 +14,6 @@ from .methods import METHODS, Method
 from .parameters import Level, Parameters
 from .references import References
 
-LATER = "not supported yet"
 Wrong = Callable[..., None]  # of (path, what, hint)
 Entry = tuple[str, Mapping[str, Any], KeyPath]  # a model's label, what stands beside it, and where
 _PARTS = ("models", "slices", "modules")

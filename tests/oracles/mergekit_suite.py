@@ -37,12 +37,6 @@ DIFFERENCES = {  # a part of the test's name → why it does not pass here, on p
     "::test_nuslerp_merges": _ZERO,
     "::test_nuslerp_VLM_merges": _ZERO,
 }
-OPEN = {  # what does not pass yet
-    "test_tokenizer.py::": "tokenizers: unions, tokens and padding",
-    "test_vocabulary_axis.py::test_phi_alignment": "tokenizers: unions, and rows put in order",
-    "::test_tokenizer_alignment_takes_precedence": "tokenizers: rows put in order",
-    "::test_template_chatml": "chat templates by name",
-}
 WORDED = {  # our words → mergekit's, which a test looks for
     "shapes differ": "Tensor size mismatch",
     "brings them to one vocabulary": "tokenizer: {source: base}",
@@ -171,9 +165,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.hook.pytest_deselected(items=[item for item in items if item not in merging])
     items[:] = merging
     for item in items:
-        for part, reason in {**DIFFERENCES, **OPEN}.items():
+        for part, reason in DIFFERENCES.items():
             if part in item.nodeid:
-                item.add_marker(pytest.mark.xfail(reason=reason, strict=part in DIFFERENCES))
+                item.add_marker(pytest.mark.xfail(reason=reason, strict=True))
 
 
 def _source(item: pytest.Item) -> str:
