@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -28,6 +28,7 @@ from portmanteau.compositions.recipe import text as recipe_text
 from portmanteau.merge import describe
 from portmanteau.merge.execute import MEMORY, Limits
 from portmanteau.merge.output import check_file
+from portmanteau.merge.plugins.discovery import announce
 from portmanteau.merge.units import byte_count, readable
 
 if TYPE_CHECKING:
@@ -57,6 +58,17 @@ _MEMORY_HELP = "Bytes in flight; the result does not depend on it."
 Memory = Annotated[int, typer.Option(parser=_bytes, metavar="SIZE", help=_MEMORY_HELP, show_default="256 MiB")]
 
 
+def _announce(modules: list[str] | None) -> list[str] | None:
+    """Tell where operators are found that are none of ours; they are imported where a recipe names one."""
+    for module in modules or ():
+        announce(module)
+    return modules
+
+
+_PLUGIN_HELP = "A module, or a .py file, that registers operators or mergekit methods; may be given again."
+Plugin = Annotated[list[str] | None, typer.Option("--plugin", metavar="MODULE", callback=_announce, help=_PLUGIN_HELP)]
+
+
 @app.command()
 def build(
     recipe: Recipe,
@@ -64,6 +76,7 @@ def build(
     threads: Threads = None,
     memory: Memory = MEMORY,
     force: Annotated[bool, typer.Option(help="Replace an earlier result.")] = False,
+    plugin: Plugin = None,
     as_json: Json = False,
 ) -> None:
     """Plan and build: write the model that a recipe asks for."""
@@ -90,7 +103,9 @@ def build(
 
 
 @app.command()
-def plan(recipe: Recipe, threads: Threads = None, memory: Memory = MEMORY, as_json: Json = False) -> None:
+def plan(
+    recipe: Recipe, threads: Threads = None, memory: Memory = MEMORY, plugin: Plugin = None, as_json: Json = False
+) -> None:
     """Show what a build would do, without reading any weights."""
     loaded = load(recipe)
     made = merge.make_plan(compose(loaded), loaded.output.dtype)
@@ -115,7 +130,7 @@ def plan(recipe: Recipe, threads: Threads = None, memory: Memory = MEMORY, as_js
 
 
 @app.command()
-def check(recipe: Recipe, as_json: Json = False) -> None:
+def check(recipe: Recipe, plugin: Plugin = None, as_json: Json = False) -> None:
     """Check a recipe: its text, and the headers of all checkpoints that it names."""
     loaded = load(recipe)
     made = merge.make_plan(compose(loaded), loaded.output.dtype)
@@ -130,7 +145,7 @@ def check(recipe: Recipe, as_json: Json = False) -> None:
 
 
 @app.command()
-def convert(recipe: Recipe) -> None:
+def convert(recipe: Recipe, plugin: Plugin = None) -> None:
     """Print a mergekit YAML as a recipe of portmanteau's own, which builds the same bytes."""
     loaded = load(recipe)
     typer.echo(recipe_text.written(loaded.document.value), nl=False)
@@ -140,6 +155,7 @@ def convert(recipe: Recipe) -> None:
 @app.command()
 def show(
     name: Annotated[str | None, typer.Argument(help="An operator or a composition.", show_default=False)] = None,
+    plugin: Plugin = None,
     as_json: Json = False,
 ) -> None:
     """Show the operators and compositions, or one of them with its settings, formula and source."""
@@ -313,25 +329,28 @@ def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 @contextmanager
 def _drawn_progress() -> Iterator[merge.Progress]:
-    """Draw bars on stderr, where that is a terminal."""
+    """Draw bars on stderr, where that is a terminal; what draws them is not even imported where it is none."""
+    try:
+        with _bars() if sys.stderr.isatty() else nullcontext() as bars:
+            yield _Drawn(bars) if bars else merge.Progress()
+    except KeyboardInterrupt:
+        _say("interrupted: nothing was written")
+        raise
+
+
+def _bars() -> Bars:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    console = Console(stderr=True)
-    columns = (
+    return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         DownloadColumn(),
         TextColumn("{task.fields[done]}/{task.fields[tensors]} tensors"),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
+        console=Console(stderr=True),
     )
-    try:
-        with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
-            yield _Drawn(bars)
-    except KeyboardInterrupt:
-        _say("interrupted: nothing was written")
-        raise
 
 
 class _Drawn(merge.Progress):

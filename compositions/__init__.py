@@ -1,12 +1,15 @@
 """Which tensors meet: compositions take checkpoints and give a checkpoint, nothing read until it is asked for."""
 
-from . import training
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .assemble import assemble
 from .average import Exponential, accumulative_averages, average
 from .average_adapters import average_adapters
 from .changes import Changes, changes
 from .compose import compose
 from .composition import Composition, composition
+from .emr_task import emr_task
 from .extract_lora import extract_lora
 from .extract_sparse import extract_sparse
 from .fisher import fisher
@@ -25,6 +28,17 @@ from .tensorwise import Rule, tensorwise
 from .vocabulary.row_maps import RowOf, TokenRule
 from .vocabulary.shared import with_vocabulary
 from .zones import Ends, Zone
+
+if TYPE_CHECKING:
+    from . import training
+else:
+
+    def __getattr__(name: str) -> Any:
+        """Import `training` when it is asked for: no command needs it."""
+        if name == "training":
+            return import_module(".training", __name__)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "Changes",
@@ -48,6 +62,7 @@ __all__ = [
     "changes",
     "compose",
     "composition",
+    "emr_task",
     "extract_lora",
     "extract_sparse",
     "fisher",

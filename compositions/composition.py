@@ -6,6 +6,7 @@ import inspect
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any, TypeVar
@@ -17,12 +18,18 @@ F = TypeVar("F", bound=Callable[..., Composed | Surveyed])
 
 @dataclass(frozen=True)
 class Composition:
-    """A registered composition: the function, its keyword-only parameters with types and defaults, its source."""
+    """A registered composition: the function and its source."""
 
     name: str
     compose: Callable[..., Composed | Surveyed]
-    parameters: Mapping[str, tuple[Any, Any]]
     source: str
+
+    @cached_property
+    def parameters(self) -> Mapping[str, tuple[Any, Any]]:
+        """Its keyword-only parameters with types and defaults; read when first asked for, which keeps starts quick."""
+        hints = typing.get_type_hints(self.compose, include_extras=True)
+        found = inspect.signature(self.compose).parameters.values()
+        return {p.name: (hints[p.name], p.default) for p in found if p.kind is p.KEYWORD_ONLY}
 
     @property
     def summary(self) -> str:
@@ -40,18 +47,16 @@ def composition(*, source: str) -> Callable[[F], F]:
     """
 
     def register(function: F) -> F:
-        hints = typing.get_type_hints(function, include_extras=True)
-        found = inspect.signature(function).parameters.values()
-        keys = {p.name: (hints[p.name], p.default) for p in found if p.kind is p.KEYWORD_ONLY}
-        _REGISTRY[function.__name__] = Composition(function.__name__, function, keys, source)
+        _REGISTRY[function.__name__] = Composition(function.__name__, function, source)
         return function
 
     return register
 
 
 def compositions() -> Mapping[str, Composition]:
-    """Give every composition by name, in alphabetical order; they are found by their files."""
+    """Give every composition by name, in alphabetical order; found by their files beside this one."""
     package = __name__.rpartition(".")[0]
     for module in iter_modules(import_module(package).__path__):
-        import_module(f"{package}.{module.name}")
+        if not module.ispkg:
+            import_module(f"{package}.{module.name}")
     return {name: _REGISTRY[name] for name in sorted(_REGISTRY)}

@@ -89,8 +89,8 @@ class Evaluation:
     def _applied(self, step: Step, span: slice) -> Tensor:
         """Carry out one step on a run of entries."""
         operator = step.operator
-        settings = self._resolved(step.settings)
-        streams = tuple(_stream(step.output.name, label) for label in step.labels)
+        settings = resolved(step.settings, self._session)
+        streams = tuple(stream(step.output.name, label) for label in step.labels)
         try:
             measured = self._measure(step, settings, streams)
             run = whole_rows(span, step.output.shape) if operator.rows else span
@@ -98,7 +98,7 @@ class Evaluation:
             part = Part(run.start, step.output.shape, streams, measured)
             result = operator.apply(*self._roles(step, tensors), **settings, part=part)
         except PortmanteauError as error:
-            raise _located(error, step) from error
+            raise located(error, step) from error
         result = result + tensors[-1] if step.on_deltas else result
         return result[span.start - run.start : span.stop - run.start]
 
@@ -122,7 +122,7 @@ class Evaluation:
         elif self._fits(step.inputs):
             self._kept[step] = [self.gather(step.inputs, span, deltas=step.on_deltas) for span in spans]
         runs = lambda: (partial(self._part, step, span) for span in spans)  # noqa: E731
-        parts = Parts(runs, len(step.inputs.models), step.output.shape)
+        parts = Parts(runs, len(step.inputs.models), step.output.shape, name=step.output.name)
         return call(step.operator.measure, parts, **settings, streams=streams)
 
     def _part(self, step: Step, span: slice) -> tuple[Tensor, ...]:
@@ -163,25 +163,33 @@ class Evaluation:
             row.copy_(self.value(node, span))
         return stack
 
-    def _resolved(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        found = self._session.found
-        return {k: found[v.survey][v.key] if isinstance(v, Finding) else v for k, v in settings.items()}
+
+def resolved(settings: Mapping[str, Any], session: Session) -> dict[str, Any]:
+    """Put what surveys found in the place of findings."""
+    found = session.found
+    return {k: found[v.survey][v.key] if isinstance(v, Finding) else v for k, v in settings.items()}
 
 
-def conduct(survey: Survey, session: Session) -> Any:
-    """Carry out a survey: go through all its tensors, part by part."""
-    groups = {key: together(group, session) for key, group in survey.groups.items()}
+def conduct(survey: Survey, session: Session, advance: Callable[[int], None] = lambda _: None) -> Any:
+    """Carry out a survey: go through all its tensors, part by part. `advance` is told how many bytes each part has."""
+    groups = {key: together(group, session, advance) for key, group in survey.groups.items()}
     return survey.measure(groups, **survey.settings)
 
 
-def together(group: tuple[Inputs, ...], session: Session) -> Parts:
+def together(group: tuple[Inputs, ...], session: Session, advance: Callable[[int], None] = lambda _: None) -> Parts:
     """Give the parts of several tensors, one after the other, as deltas where there is a base."""
+
+    def run(inputs: Inputs, nbytes: int, gather: Callable[..., tuple[Tensor, ...]], span: slice) -> tuple[Tensor, ...]:
+        found = gather(inputs, span, deltas=inputs.base is not None)
+        advance(nbytes * (span.stop - span.start) // max(1, next(iter(inputs)).output.entries))
+        return found
 
     def runs() -> Iterator[Callable[[], tuple[Tensor, ...]]]:
         for inputs in group:
-            gather = partial(Evaluation(session).gather, inputs, deltas=inputs.base is not None)
+            gather = Evaluation(session).gather
+            nbytes = sum(source.spec.nbytes for node in inputs for source in sources(node))
             for span in session.spans(next(iter(inputs)).output.entries):
-                yield partial(gather, span)
+                yield partial(run, inputs, nbytes, gather, span)
 
     entries = sum(next(iter(inputs)).output.entries for inputs in group)
     return Parts(runs, len(group[0].models), (entries,), session.threads)
@@ -210,12 +218,12 @@ def rows_beginning_in(spans: Iterable[slice], shape: tuple[int, ...]) -> Iterato
             yield slice(start, end)
 
 
-def _stream(tensor: str, label: str) -> int:
+def stream(tensor: str, label: str) -> int:
     """Give the number of the random stream of one model in one tensor."""
     return int.from_bytes(hashlib.blake2b(f"{tensor}\0{label}".encode(), digest_size=8).digest(), "little")
 
 
-def _located(error: PortmanteauError, step: Step) -> PortmanteauError:
+def located(error: PortmanteauError, step: Step) -> PortmanteauError:
     """Say at which tensor, and by which line of the recipe, an operator refused."""
     if error.mistakes[0].where:
         return error

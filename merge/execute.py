@@ -9,17 +9,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import blake3
 
 from . import companions, model_card
+from .byte_copies import copied, is_byte_copy, is_shared
 from .checkpoint import Checkpoint
+from .compiled.making import is_compiled, made
 from .dtypes import parse
 from .errors import OutputError
 from .evaluate import GRID, LARGEST_PART, Evaluation, Session, conduct
-from .files.storage import BLOCK
 from .kernels import one_thread
 from .node import Inputs, Made, Node, Source, Step, Survey
 from .output import check_place, published
@@ -111,7 +113,8 @@ def _held(node: Node) -> int:
     if isinstance(node, Step):
         width = (node.output.shape or (1,))[-1]
         own = 2 * width * _gathered_bytes(node.inputs) if node.operator.rows else 0
-        own += node.operator.holds * node.output.entries * (8 if node.inputs.dtype == "F64" else 4)
+        matrices = node.operator.holds + node.operator.holds_each * sum(1 for _ in node.inputs)
+        own += matrices * node.output.entries * (8 if node.inputs.dtype == "F64" else 4)
     return own + sum(map(_held, node.inputs))
 
 
@@ -172,9 +175,28 @@ def surveyed(plan: Plan, limits: Limits, progress: Progress) -> dict[Survey, Any
         progress.begin("survey", sum(survey.nbytes for survey in plan.surveys), len(plan.surveys))
         with one_thread():
             for survey in plan.surveys:
-                found[survey] = conduct(survey, replace(session, found=found))
-                progress.advance(survey.nbytes, 1)
+                told = _Reading(progress, survey.nbytes)
+                found[survey] = conduct(survey, replace(session, found=found), told.advance)
+                told.finish()
     return found
+
+
+class _Reading:
+    """Tells how much of a survey's bytes are read; those that it reads again are not counted again."""
+
+    def __init__(self, progress: Progress, nbytes: int) -> None:
+        self._progress, self._left, self._lock = progress, nbytes, threading.Lock()
+
+    def advance(self, nbytes: int) -> None:
+        """Tell that so many more are read. Called from any thread."""
+        with self._lock:
+            now = min(nbytes, self._left)
+            self._left -= now
+        self._progress.advance(now)
+
+    def finish(self) -> None:
+        """Tell that the survey is done."""
+        self._progress.advance(self._left, 1)
 
 
 def carry_out(
@@ -183,10 +205,10 @@ def carry_out(
     """Make every tensor of a plan and write it; give the BLAKE3 digest of each."""
     threads, session = limits.session(plan)
     session = replace(session, found=found)
-    copies = all(is_byte_copy(step) for step in plan.steps)  # then torch is not even imported
-    with nullcontext() if copies else one_thread(), _pool(threads) as run:
+    ways = {step: _way(step, session) for step in plan.steps}
+    with one_thread() if any(map(_needs_torch, ways.values())) else nullcontext(), _pool(threads) as run:
         progress.begin("merge", plan.bytes_written, len(plan.steps))
-        work = ([_Making(step, session, writer, progress) for step in steps] for steps in _in_order(plan))
+        work = ([_Making(step, ways[step], writer, progress) for step in steps] for steps in _in_order(plan))
         digests = run(work)
     return {step.output.name: digests[step.output.name] for step in plan.steps}
 
@@ -201,19 +223,22 @@ def _in_order(plan: Plan) -> list[list[Step]]:
     return sorted(groups.values(), key=lambda s: (s[0].operator.name != "equal", -sum(one.output.nbytes for one in s)))
 
 
+Way = Callable[[Step], Iterator[memoryview]]
+
+
 @dataclass(frozen=True)
 class _Making:
     """The work on one output tensor: its parts in order, each made, hashed and written."""
 
     step: Step
-    session: Session
+    way: Way
     writer: Writer
     progress: Progress
 
     def __call__(self, stopped: Callable[[], bool]) -> tuple[str, str]:
         """Do it; give the name and the digest. Gives up between two parts once stopped."""
         name, hasher, at = self.step.output.name, blake3.blake3(), 0
-        for data in self._bytes():
+        for data in self.way(self.step):
             if stopped():
                 break
             hasher.update(data)
@@ -223,27 +248,22 @@ class _Making:
         self.progress.advance(0, 1)
         return name, hasher.hexdigest()
 
-    def _bytes(self) -> Iterator[memoryview]:
-        if is_byte_copy(self.step):
-            return self._copied()
-        return (_raw(values) for _, values in Evaluation(self.session).parts(self.step))
 
-    def _copied(self) -> Iterator[memoryview]:
-        """Read the stored bytes, without torch where the file is safetensors."""
-        (source,) = self.step.inputs
-        assert isinstance(source, Source)
-        size, buffer = source.spec.nbytes, memoryview(bytearray(min(BLOCK, source.spec.nbytes)))
-        for at in range(0, size, BLOCK):
-            block = buffer[: min(BLOCK, size - at)]
-            source.checkpoint.read_into(source.spec.name, block, at)
-            yield block
+def _way(step: Step, session: Session) -> Way:
+    """Choose how the bytes of a tensor are made: carried over, by the compiled library, or by torch."""
+    if is_byte_copy(step) or is_shared(step):
+        return copied
+    if is_compiled(step, session):
+        return partial(made, session=session)
+    return partial(_by_torch, session=session)
 
 
-def is_byte_copy(step: Step) -> bool:
-    """Tell whether a step only carries stored bytes over."""
-    source = step.inputs.models[0]
-    same = step.output.dtype == source.output.dtype
-    return step.is_copy and same and isinstance(source, Source)
+def _by_torch(step: Step, session: Session) -> Iterator[memoryview]:
+    return (_raw(values) for _, values in Evaluation(session).parts(step))
+
+
+def _needs_torch(way: Way) -> bool:
+    return isinstance(way, partial) and way.func is _by_torch
 
 
 def _raw(values: Tensor) -> memoryview:

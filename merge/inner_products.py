@@ -54,14 +54,14 @@ class InnerProducts:
 
 def inner_products(parts: Parts) -> InnerProducts:
     """Measure the inner products of whole tensors."""
-    return _square(parts.models, sums_over(_products(vectors) for (vectors, *_) in parts))
+    return squared(parts.models, sums_over(_products(vectors) for (vectors, *_) in parts))
 
 
 def inner_products_along(parts: Parts, along: Literal["last", "first"]) -> list[InnerProducts]:
     """Measure the inner products of all vectors along one dimension, each on its own."""
     group, count = groups_along(parts.shape, along)
     sums = grouped_sums((_products(vectors) for (vectors, *_) in parts), group, count)
-    return [_square(parts.models, own) for own in zip(*(column.tolist() for column in sums), strict=True)]
+    return [squared(parts.models, own) for own in zip(*(column.tolist() for column in sums), strict=True)]
 
 
 def groups_along(shape: tuple[int, ...], along: str) -> tuple[Callable[[Tensor], Tensor], int]:
@@ -86,7 +86,7 @@ def _products(vectors: Tensor) -> list[Tensor]:
     return [one * other for one, other in combinations_with_replacement(wide, 2)]
 
 
-def _square(count: int, sums: Iterable[float]) -> InnerProducts:
+def squared(count: int, sums: Iterable[float]) -> InnerProducts:
     """Put the products of all pairs into rows."""
     square = [[0.0] * count for _ in range(count)]
     for (i, j), value in zip(combinations_with_replacement(range(count), 2), sums, strict=True):

@@ -22,7 +22,7 @@ _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed number: the cou
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 _MASK_64 = (1 << 64) - 1
-_NO_LIMIT = _MASK_64 >> 1  # an index beyond every entry
+NO_LIMIT = _MASK_64 >> 1  # an index beyond every entry
 _DRAWS = 1 << 15
 _PRODUCT = 1 << 16  # entries of a block of a product
 
@@ -58,14 +58,29 @@ def row_sums(values: Tensor, row: int = ROW) -> list[float]:
 
 
 def sum_rows(values: Tensor) -> Tensor:
-    """Sum along rows in fp64, cut into runs of `ROW` so that threads never share one. Shapes: [k, row] → [k]."""
+    """Sum along rows in fp64: runs of `ROW` entries, then over the runs, each halved until one is left. [k, row] → [k].
+
+    Halving (x_i + x_{i + half}) fixes the order of all additions, whatever the machine's vectors are.
+    """
     import torch
 
     rows, width = values.double(), values.shape[1]
     if width > ROW:
-        rows = torch.nn.functional.pad(rows, (0, -width % ROW)).view(len(rows), -1, ROW).sum(dim=2)
-    sums: Tensor = rows.sum(dim=1)
-    return sums
+        rows = _halved(torch.nn.functional.pad(rows, (0, -width % ROW)).view(len(rows), -1, ROW))
+    return _halved(rows)
+
+
+def _halved(values: Tensor) -> Tensor:
+    """Sum the last dimension: [*, n] → [*]."""
+    size = values.shape[-1]
+    if not size:
+        return values.sum(dim=-1)
+    while size > 1:
+        half = 1 << (size - 1).bit_length() - 1
+        lower = values[..., :half].clone()
+        lower[..., : size - half] += values[..., half:size]
+        values, size = lower, half
+    return values[..., 0]
 
 
 def sums_over(parts: Iterable[Sequence[Tensor]], row: int = ROW) -> list[float]:
@@ -164,7 +179,7 @@ class _Search:
         bits = torch.tensor([self.prefix], dtype=torch.int64 if wide else torch.int32)
         value = bits.view(torch.float64 if wide else torch.float32).item()
         if self.wanted == self.equal:
-            return Cut(value, _NO_LIMIT)
+            return Cut(value, NO_LIMIT)
         return Cut(value, _index_of(parts, value, self.wanted))
 
 
@@ -196,7 +211,7 @@ def select_largest(values: Tensor, cut: Cut, start: int) -> Tensor:
     import torch
 
     magnitude = values.abs()
-    if cut.last_index == _NO_LIMIT:
+    if cut.last_index == NO_LIMIT:
         return magnitude >= cut.value
     index = torch.arange(start, start + values.numel(), device=values.device).view(values.shape)
     return (magnitude > cut.value) | ((magnitude == cut.value) & (index <= cut.last_index))
@@ -246,7 +261,7 @@ def keep_at_random(values: Tensor, density: float | Tensor, seed: int, stream: i
     """
     import torch
 
-    key, count = stream ^ (seed * _GOLDEN), values.numel()
+    key, count = random_key(seed, stream), values.numel()
     kept = torch.empty(count, dtype=torch.bool, device=values.device)
     limits: Tensor | None = None
     limit: Any = None
@@ -266,6 +281,11 @@ def keep_at_random(values: Tensor, density: float | Tensor, seed: int, stream: i
             limit = limits[first : first + _DRAWS].mul(1 << 53).round_().long()
         torch.lt(_shift(draw, 11, spare), limit, out=kept[first : first + _DRAWS])  # 53 bits
     return kept.view(values.shape)
+
+
+def random_key(seed: int, stream: int) -> int:
+    """Give the key of a random stream: where its counter begins."""
+    return (stream ^ (seed * _GOLDEN)) & _MASK_64
 
 
 def multiplied(left: Tensor, right: Tensor, run: slice) -> Tensor:

@@ -153,6 +153,11 @@ class Step:
         return self.operator.on_deltas and self.inputs.base is not None
 
     @property
+    def every_setting(self) -> dict[str, Any]:
+        """The settings, and the operator's defaults of those that are not given."""
+        return {**{name: one.default for name, one in self.operator.settings.items()}, **self.settings}
+
+    @property
     def is_copy(self) -> bool:
         """Tell whether it takes a tensor as it is."""
         return self.operator.name == "copy" and set(each(self.settings.get("factor", 1.0), 1)) == {1.0}

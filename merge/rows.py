@@ -6,7 +6,7 @@ Rows are read where they lie, neighbours in one go. What is held is the map of t
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -74,26 +74,25 @@ class _Rows:
         import torch
 
         result = torch.zeros(span.stop - span.start, dtype=torch_dtype(self.dtype))
-        last, at = -(-span.stop // self.width), span.start
-        while at < span.stop:
-            row = at // self.width
-            end = self._end(row, last)
-            stop = min(end * self.width, span.stop)
-            self._fill(result[at - span.start : stop - span.start], slice(row, end), at % self.width, read, prepared)
-            at = stop
+        for rows in self._pieces(span.start // self.width, -(-span.stop // self.width)):
+            start, stop = max(span.start, rows.start * self.width), min(span.stop, rows.stop * self.width)
+            values = result[start - span.start : stop - span.start]
+            self._fill(values, rows, start - rows.start * self.width, read, prepared)
         return result
 
-    def _end(self, row: int, last: int) -> int:
-        """Find where the rows end, at most at `last`, that are made in one go with this one."""
+    def _pieces(self, first: int, last: int) -> Iterator[slice]:
+        """Cut rows into pieces that are made in one go: what lies close in one table, or one after the other."""
         source, origin = self.rows.source, self.rows.row
-        end = row + 1
-        if source[row] in (MEAN, FILL):
-            return end
-        while end < last and source[end] == source[row]:
-            end += 1
-        if source[row] == ZERO or max(origin[row:end]) - min(origin[row:end]) < 2 * (end - row):
-            return end  # not much else lies between them
-        return row + _ascending(origin, row, end)
+        while first < last:
+            end = first + 1
+            while end < last and source[end] == source[first] and source[first] not in (MEAN, FILL):
+                end += 1
+            if source[first] < 0 or max(origin[first:end]) - min(origin[first:end]) < 2 * (end - first):
+                yield slice(first, end)  # not much else lies between them
+                first = end
+            while first < end:
+                start, first = first, first + _ascending(origin, first, end)
+                yield slice(start, first)
 
     def _fill(self, values: Tensor, rows: slice, offset: int, read: Read, mean: Tensor | None) -> None:
         """Fill the entries from `offset` of the first of some rows on; they are zeros."""

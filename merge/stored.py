@@ -190,7 +190,7 @@ def _open_shards(folder: Path, index: str) -> list[WeightFile]:
 
 def _index_mistakes(path: Path, where_of: dict[str, str], files: list[WeightFile]) -> list[Mistake]:
     """Compare the index with the headers of its shards, in both directions."""
-    held = {(name, file.path.name) for file in files for name in file.specs}
+    held = {(name, shard) for file, shard in ((file, file.path.name) for file in files) for name in file.specs}
     named = set(where_of.items())
     mistakes = [
         Mistake(str(path), f"names tensor {name} in {file}, which does not hold it", _MIXED)

@@ -30,33 +30,25 @@ SET_UP = (
     'pip install -c constraints.txt ".[test]" && pytest',
 )
 LAYERS = (  # a file imports only from layers above its own
-    (
-        "merge.files",
-        "merge.adapters",
-        "merge.sparse",
-        "compositions.mergekit",
-        "compositions.recipe",
-        "compositions.vocabulary",
-    ),  # say what they are
+    ("merge.files", "merge.adapters", "merge.sparse", "merge.compiled", "merge.plugins"),  # they only say what they are
+    ("compositions.mergekit", "compositions.recipe", "compositions.vocabulary"),
+    ("merge.compiled.build_hook", "merge.compiled.library"),
     ("merge.errors", "merge.form", "merge.names", "merge.kernels", "merge.files.storage", "merge.units"),
     ("merge.dtypes", "merge.operator", "merge.adapters.bottleneck_config"),
-    ("merge.tensor_spec", "merge.sparse.pytorch_diff", "merge.surveys", "merge.changes", "merge.operators.linear"),
-    ("merge.thinning", "merge.inner_products", "merge.describe.tensors"),
+    ("merge.tensor_spec", "merge.sparse.pytorch_diff", "merge.surveys", "merge.changes", "merge.inner_products"),
+    ("merge.thinning", "merge.compiled.measures", "merge.describe.tensors"),
+    ("merge.compiled.forms",),
+    ("merge.operators.linear",),
     ("merge.companions", "merge.files.safetensors_file", "merge.files.torch_file", "merge.writer", "merge.operators.*"),
-    ("merge.operators", "merge.files.hub"),
+    ("merge.operators", "merge.files.hub", "merge.plugins.discovery", "merge.plugins.kernel"),
+    ("merge.plugins.mergekit_method",),
     ("merge.registry", "merge.adapters.folder"),
     ("merge.node",),
     ("merge.checkpoint", "merge.evaluate"),
+    ("merge.compiled.making", "merge.byte_copies"),
     ("merge.stored", "merge.composed", "merge.in_memory", "merge.sparse.selection"),
-    (
-        "merge.adapters.adapter",
-        "merge.adapters.bottleneck",
-        "merge.sparse.fingerprint",
-        "merge.rows",
-        "merge.sparse.entries",
-        "merge.sparse.file",
-        "merge.surveyed",
-    ),
+    ("merge.adapters.adapter", "merge.adapters.bottleneck", "merge.surveyed"),
+    ("merge.sparse.fingerprint", "merge.sparse.entries", "merge.sparse.file", "merge.rows"),
     ("merge.plan",),
     ("merge.adapters.low_rank", "merge.adapters.decomposition"),
     ("merge.receipt", "merge.describe.bottleneck", "merge.describe.sparse"),
@@ -71,7 +63,13 @@ LAYERS = (  # a file imports only from layers above its own
         "compositions.mergekit.methods",
     ),
     ("compositions.recipe.lined", "compositions.recipe.reference", "compositions.restacked_config"),
-    ("compositions.matching", "compositions.mergekit.parameters", "compositions.same_model", "compositions.zones"),
+    (
+        "compositions.matching",
+        "compositions.mergekit.parameters",
+        "compositions.mergekit.plugin_methods",
+        "compositions.same_model",
+        "compositions.zones",
+    ),
     ("compositions.automatic_layers", "compositions.changes", "compositions.sparse_fine_tune"),
     ("compositions.training.masks", "compositions.training.sparse_result", "compositions.training.freezing"),
     ("compositions.training.*",),
@@ -265,6 +263,7 @@ def test_compositions_has_exactly_these_public_names() -> None:
         "changes",
         "compose",
         "composition",
+        "emr_task",
         "extract_lora",
         "extract_sparse",
         "fisher",
@@ -335,6 +334,18 @@ def test_commands_that_read_no_weights_import_neither_torch_nor_transformers(com
     assert run([sys.executable, "-c", code, *command.split()], swap.parent).splitlines()[-1] == "status 0"
 
 
+def test_a_build_that_nobody_watches_imports_nothing_that_it_does_not_need(swap: Path) -> None:
+    code = (
+        "import sys, portmanteau.cli\n"
+        "try: portmanteau.cli.main()\n"
+        "except SystemExit as end: status = end.code\n"
+        "unneeded = {'torch', 'transformers', 'huggingface_hub', 'rich', 'portmanteau.compositions.training'}\n"
+        "print('status', status or 0, *unneeded.intersection(sys.modules))"
+    )
+    printed = run([sys.executable, "-c", code, "build", str(swap), "out"], swap.parent)
+    assert printed.splitlines()[-1] == "status 0"
+
+
 def run(command: list[str | Path], folder: Path) -> str:
     """Run a command in a folder and give its stdout; its environment names no other Python's modules."""
     outside = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
@@ -385,9 +396,10 @@ def test_the_wheel_holds_the_package_and_nothing_else(built: Path) -> None:
     (wheel,) = built.glob("*.whl")
     shipped = {f"portmanteau/{path.relative_to(ROOT).as_posix()}" for path in SHIPPED}
     typed = {"portmanteau/merge/py.typed", "portmanteau/compositions/py.typed"}
+    compiled = {"portmanteau/merge/compiled/kernels.c", "portmanteau/merge/compiled/kernels.native"}
     about = {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE"}
     version = wheel.name.split("-")[1]
-    assert contents(wheel) == shipped | typed | {f"portmanteau-{version}.dist-info/{name}" for name in about}
+    assert contents(wheel) == shipped | typed | compiled | {f"portmanteau-{version}.dist-info/{name}" for name in about}
 
 
 @pytest.mark.wheel

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..tests import real_weights
+from . import real_weights
 
 pytestmark = pytest.mark.real
 

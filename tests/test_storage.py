@@ -12,13 +12,16 @@ import pytest
 
 from portmanteau import merge
 from portmanteau.compositions import tensorwise
+from portmanteau.merge.files import storage
 from portmanteau.merge.files.storage import PositionalFile, sync_folder
 
-OPTIONAL = ("preadv", "pwrite", "posix_fallocate")
+OPTIONAL = ("preadv", "pwrite", "posix_fallocate", "sync_file_range")
 
 
 def lacking(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     for name in names:
+        if name == "sync_file_range":  # Python's library lacks it everywhere
+            monkeypatch.setattr(storage, "_sync_file_range", lambda: None)
         monkeypatch.delattr(os, name, raising=False)
 
 
@@ -142,3 +145,15 @@ def test_a_system_that_lacks_everything_builds_the_same_bytes(
     lacking(monkeypatch, *OPTIONAL)
     assert built("none") == expected
     assert len(expected) > 3
+
+
+def test_written_stretches_are_sent_to_the_disk_as_soon_as_they_are_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[tuple[int, int]] = []
+    monkeypatch.setattr(storage, "_STRETCH", 100)
+    monkeypatch.setattr(storage, "_sync_file_range", lambda: lambda _, offset, count, how: sent.append((offset, count)))
+    file = PositionalFile(tmp_path / "x", size=1000)
+    for offset, count in ((0, 99), (99, 1), (100, 350), (450, 10)):
+        file.write(bytes(count), offset)
+    assert sent == [(0, 100), (100, 300)]

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, field_validator
 from portmanteau.merge import PortmanteauError, RecipeError
 from portmanteau.merge.dtypes import is_float, parse
 from portmanteau.merge.errors import Mistake, nearest
-from portmanteau.merge.registry import operators
+from portmanteau.merge.registry import exists, operators, unknown
 from portmanteau.merge.units import byte_count
 
 from ..composition import compositions
@@ -172,10 +172,9 @@ class _Reader:
             if found is None:
                 return None
             return Body(name, here, self._with_slices(self._expanded(_fields(found), here), here), is_operator=False)
-        if name not in operators():
-            self._wrong(
-                here, f"unknown composition or operator {name!r}", nearest(name, [*compositions(), *operators()])
-            )
+        if not exists(str(name)):
+            hint = unknown(str(name), [*compositions(), *operators()])
+            self._wrong(here, f"unknown composition or operator {name!r}", hint)
             return None
         body = self._validated(OperatorBody, arguments or {}, here)
         if body is None:

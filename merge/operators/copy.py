@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
+from ..compiled.forms import WeightedSum
 from ..operator import WHOLE, Part, PerModel, each, operator
 
 if TYPE_CHECKING:
@@ -14,7 +15,17 @@ if TYPE_CHECKING:
 Factor = Annotated[float, Field(description="multiplies the tensor; 1 leaves it as it is", allow_inf_nan=False)]
 
 
-@operator(source="mergekit 0.1.5 `passthrough`, whose `scale` is the factor", laws=("identity", "scaling"), takes=1)
+def compiled(*, factor: PerModel[float]) -> WeightedSum:
+    """Say it to the compiled library."""
+    return WeightedSum(each(factor, 1))
+
+
+@operator(
+    source="mergekit 0.1.5 `passthrough`, whose `scale` is the factor",
+    laws=("identity", "scaling"),
+    takes=1,
+    compiled=compiled,
+)
 def copy(models: Tensor, *, factor: PerModel[Factor] = 1.0, part: Part = WHOLE) -> Tensor:
     """Take one model's tensor as it is: byte for byte, where the dtype stays; or times a factor.
 

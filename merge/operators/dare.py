@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
+from ..compiled.forms import Thin, ThinnedSum
 from ..kernels import keep_at_random
 from ..operator import WHOLE, Part, Parts, PerModel, each, operator
 from ..thinning import Divide, Elect, Rescale, Scale, Seed, Weight, add_up, cancelling, l1_factors
@@ -22,9 +23,30 @@ def keep_factors(
     """Find the factor of every model's kept entries: 1/density, or such that the sum of magnitudes stays."""
     densities = each(density, parts.models)
     if rescale != "l1":
-        return tuple(1 / share if rescale == "density" else 1.0 for share in densities)
+        return tuple(_plain_factor(share, rescale) for share in densities)
     drawn = streams or range(parts.models)
     return l1_factors(parts, lambda values, i, start: keep_at_random(values, densities[i], seed, drawn[i], start))
+
+
+def _plain_factor(share: float, rescale: str) -> float:
+    return 1 / share if rescale == "density" else 1.0
+
+
+def compiled(
+    *,
+    count: int,
+    weight: PerModel[float],
+    density: PerModel[float],
+    rescale: str,
+    elect: str,
+    divide: str,
+    scale: float,
+    seed: int,
+) -> ThinnedSum:
+    """Say it to the compiled library."""
+    shares = each(density, count)
+    thin = (Thin(share=one, factor=None if rescale == "l1" else _plain_factor(one, rescale)) for one in shares)
+    return ThinnedSum(tuple(thin), each(weight, count), elect, divide, scale, seed)
 
 
 @operator(
@@ -32,6 +54,7 @@ def keep_factors(
     laws=("permutation", "base", "scaling"),
     measure=keep_factors,
     refuse=cancelling,
+    compiled=compiled,
 )
 def dare(
     deltas: Tensor,

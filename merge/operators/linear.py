@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
+from ..compiled.forms import WeightedSum
 from ..kernels import weighted_sum
 from ..operator import WHOLE, Part, PerModel, each, operator
 
@@ -25,10 +26,17 @@ def cancelling(*, count: int, weight: PerModel[float] = 1.0, normalize: bool = F
 Weight = Annotated[float, Field(description="share of this model in the result", allow_inf_nan=False)]
 
 
+def compiled(*, count: int, weight: PerModel[float], normalize: bool) -> WeightedSum:
+    """Say it to the compiled library."""
+    weights = each(weight, count)
+    return WeightedSum(weights, divisor=sum(weights) if normalize else 1.0)
+
+
 @operator(
     source="Wortsman et al. 2022 (arXiv 2203.05482), section 2: uniform soup; mergekit 0.1.5 `linear`",
     laws=("identity", "permutation", "scaling"),
     refuse=cancelling,
+    compiled=compiled,
 )
 def linear(
     models: Tensor,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from ..inner_products import arc, inner_products
+from ..compiled.forms import ByInnerProducts
+from ..inner_products import InnerProducts, arc, inner_products
 from ..kernels import weighted_sum
 from ..operator import WHOLE, Part, Parts, operator
 
@@ -16,11 +18,22 @@ if TYPE_CHECKING:
 _COLLINEAR = 0.9995
 
 
+def factors(found: InnerProducts, t: float) -> tuple[float, float]:
+    """Give the factors of both models."""
+    return arc(found.cosine(0, 1), t, _COLLINEAR)
+
+
+def compiled(*, t: float) -> ByInnerProducts:
+    """Say it to the compiled library."""
+    return ByInnerProducts(partial(factors, t=t))
+
+
 @operator(
     source="Shoemake 1985, section 3.3; mergekit 0.1.5 `slerp` (whole tensor flattened, not normalised)",
     laws=("identity", "scaling"),
     measure=inner_products,
     takes=2,
+    compiled=compiled,
 )
 def slerp(
     models: Tensor,
@@ -38,4 +51,4 @@ def slerp(
     tensor([0.7071, 0.7071])
     """
     found = part.measured or inner_products(Parts.whole(models))
-    return weighted_sum(models, arc(found.cosine(0, 1), t, _COLLINEAR))
+    return weighted_sum(models, factors(found, t))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
+from ..compiled.forms import WeightedSum
 from ..kernels import weighted_sum
 from ..operator import WHOLE, Part, PerModel, each, operator
 from .linear import cancelling
@@ -16,10 +17,17 @@ if TYPE_CHECKING:
 Weight = Annotated[float, Field(description="factor of this model's task vector", allow_inf_nan=False)]
 
 
+def compiled(*, count: int, weight: PerModel[float], normalize: bool, scale: float) -> WeightedSum:
+    """Say it to the compiled library."""
+    weights = each(weight, count)
+    return WeightedSum(weights, divisor=sum(weights) if normalize else 1.0, scale=scale)
+
+
 @operator(
     source="Ilharco et al. 2023 (arXiv 2212.04089), section 2; mergekit 0.1.5 `task_arithmetic`",
     laws=("permutation", "base", "scaling"),
     refuse=cancelling,
+    compiled=compiled,
 )
 def task_arithmetic(
     deltas: Tensor,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
+from ..compiled.forms import Thin, ThinnedSum
 from ..kernels import Cut, largest, select_largest
 from ..operator import WHOLE, Part, Parts, PerModel, each, operator
 from ..thinning import Divide, Elect, RescaleNorm, Scale, Weight, add_up, cancelling, l1_factors
@@ -17,9 +19,14 @@ Density = Annotated[float, Field(gt=0, le=1, description="share of entries of la
 Found = tuple[tuple[Cut | None, ...], tuple[float, ...]]
 
 
+def kept_of(entries: int, share: float) -> int | None:
+    """Give how many entries are kept; None: all."""
+    return max(1, int(share * entries)) if share < 1 else None
+
+
 def trim_limits(parts: Parts, *, density: PerModel[float], rescale: str) -> Found:
     """Find every model's boundary of its max(1, ⌊density · entries⌋) largest deltas (None: all are kept) and factor."""
-    counts = [max(1, int(share * parts.entries)) if share < 1 else None for share in each(density, parts.models)]
+    counts = [kept_of(parts.entries, share) for share in each(density, parts.models)]
     cuts: tuple[Cut | None, ...] = (None,) * parts.models
     if parts.entries:
         cuts = largest(lambda: (deltas.reshape(parts.models, -1) for (deltas, *_) in parts), counts)
@@ -34,11 +41,30 @@ def _kept(values: Tensor, cut: Cut | None, start: int) -> Tensor:
     return torch.ones_like(values, dtype=torch.bool) if cut is None else select_largest(values, cut, start)
 
 
+def compiled(
+    *,
+    count: int,
+    weight: PerModel[float],
+    density: PerModel[float],
+    rescale: str,
+    elect: str,
+    divide: str,
+    scale: float,
+) -> ThinnedSum:
+    """Say it to the compiled library."""
+    thin = (
+        Thin(kept=partial(kept_of, share=share), factor=None if rescale == "l1" else 1.0)
+        for share in each(density, count)
+    )
+    return ThinnedSum(tuple(thin), each(weight, count), elect, divide, scale)
+
+
 @operator(
     source="Yadav et al. 2023 (arXiv 2306.01708), section 3; weights as in mergekit 0.1.5 `ties` or peft 0.21 `ties`",
     laws=("permutation", "base", "scaling"),
     measure=trim_limits,
     refuse=cancelling,
+    compiled=compiled,
 )
 def ties(
     deltas: Tensor,

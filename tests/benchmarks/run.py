@@ -1,172 +1,207 @@
-"""Compare `portmanteau build` with `mergekit-yaml`, and both with `cp`: wall time and peak memory of whole processes.
+"""Compare `portmanteau build` with its peers and with `cp`: wall time, processor time and peak memory of processes.
 
-    python tests/benchmarks/run.py --work /tmp/bench                      # every recipe, five runs, 14 GB of disk
-    python tests/benchmarks/run.py --work /tmp/bench --recipes linear,ties --runs 3
-    python tests/benchmarks/run.py --work /tmp/bench --scale tiny --runs 1         # does the script itself still work?
+    python tests/benchmarks/run.py --work /tmp/bench                       # every row, five runs, 14 GB of inputs
+    python tests/benchmarks/run.py --work /tmp/bench --rows linear,ties --runs 3 --json figures.json
+    python tests/benchmarks/run.py --work /tmp/bench --scale tiny --runs 1 # does the script itself still work?
+    python tests/benchmarks/run.py --table figures.json                    # the table again, from raw figures
 
-For every recipe the programs take turns, so that a noisy machine is noisy for all of them; the first round is a warm-up
-that is not counted, and leaves the inputs in the page cache for all. Before every process everything written is synced,
-so that nobody pays for another's writes. We sync our output and `cp` is followed by `sync`; mergekit does not sync.
-What mergekit does not do has our own `linear` as its peer.
+Peer, we and `cp` take turns, so that a noisy machine is noisy for all of them. Before the first round every input is
+read once, to lie in the page cache for all, and we run once uncounted: what is compiled or cached at a first run is
+not measured, nor is it for the peer, which an uncounted `--help` makes ready. We sync our output and `cp` is followed
+by `sync`; mergekit and peft do not sync. What nobody else does has our own `linear` as its peer.
 
+Models have 1.1 billion entries (2.2 GB in bf16), but for the ten snapshots: 0.3 billion each, as ten of 2.2 GB would
+not stay in the page cache and would measure the disk. LoRA extraction runs once: the peer's SVDs take many minutes.
 mergekit is given `dtype: bfloat16`, as in its own examples: it computes deltas in bf16 where we compute in fp32.
-Peak memory is the kernel's `ru_maxrss`, which counts the pages of mapped input files too. Nothing heavy is imported
-here and the inputs are written by a process of their own: a child's peak begins at the size of its parent.
+Nothing heavy is imported here and the inputs are written by a process of their own: a child's peak begins at the size
+of its parent.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from tempfile import TemporaryDirectory
+
+from process import Cost, machine, measure
+from rows import ROWS, Row, Targets, our_command, peer_command
+
+Round = Mapping[str, Cost]  # by program: peer, ours, cp
 
 _INPUTS = Path(__file__).with_name("inputs.py")
-_BIN = Path(sys.executable).parent
-_RSS_UNIT = 1 if sys.platform == "darwin" else 1024
-_COPY_AND_SYNC = 'cp -r "$1" "$2" && sync "$2"/* "$2"'
-_WEIGHTS = {"one": 0.6, "two": 0.4}
-_BOTTOM, _TOP = 2, 1  # layers of model two in the recipe `copy`
-
-OURS: Mapping[str, Any] = {
-    "copy": {"layer_swap": {"task": "one", "language": "two", "bottom": _BOTTOM, "top": _TOP, "transition": 0}},
-    "linear": {"linear": {"models": _WEIGHTS}},
-    "slerp": {"slerp": {"models": ["one", "two"], "t": 0.4}},
-    "task_arithmetic": {"task_arithmetic": {"base": "base", "models": _WEIGHTS}},
-    "extract_sparse": {"extract_sparse": {"base": "base", "tuned": "one", "density": 0.01}},
-    "ties": {"ties": {"base": "base", "models": _WEIGHTS, "density": 0.2}},
-    "dare_ties": {
-        "dare": {"base": "base", "models": _WEIGHTS, "density": 0.2, "rescale": "l1", "elect": "weighted"},
-    },
-}
-
-
-OURS_ALONE = ("extract_sparse",)
-
-
-def our_recipe(name: str, inputs: Path) -> dict[str, Any]:
-    """Write a recipe our way."""
-    return {"models": {model: str(inputs / model) for model in ("base", "one", "two")}, "merge": OURS[name]}
-
-
-def mergekit_recipe(name: str, inputs: Path) -> dict[str, Any]:
-    """Write the same recipe mergekit's way."""
-    if name == "copy":
-        layers = json.loads((inputs / "base" / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
-        zones = [("two", 0, _BOTTOM), ("one", _BOTTOM, layers - _TOP), ("two", layers - _TOP, layers)]
-        slices = [{"sources": [{"model": str(inputs / model), "layer_range": [a, b]}]} for model, a, b in zones]
-        return {"merge_method": "passthrough", "slices": slices, "dtype": "bfloat16"}
-    weights: dict[str, Any] = {str(inputs / model): {"weight": weight} for model, weight in _WEIGHTS.items()}
-    recipe: dict[str, Any] = {"merge_method": name, "dtype": "bfloat16"}
-    if name == "slerp":
-        recipe |= {"base_model": str(inputs / "one"), "parameters": {"t": 0.4}}
-    elif name != "linear":
-        recipe["base_model"] = str(inputs / "base")
-    if name in ("ties", "dare_ties"):
-        recipe["parameters"] = {"density": 0.2}
-    return {**recipe, "models": [{"model": path, "parameters": given} for path, given in weights.items()]}
+COPY_AND_SYNC = 'cp -r "$1" "$2" && sync "$2"/* "$2"'
+_TITLES = (
+    *("recipe", "peer", "peer s", "ours s", "cp s", "peer ÷ ours", "target", "ours ÷ cp", "target"),
+    *("peer MB", "ours MB", "target", "peer CPU s", "ours CPU s", "met"),
+)
 
 
 @dataclass(frozen=True)
-class Cost:
-    """What one process took: wall seconds, processor seconds, and peak resident bytes."""
+class Figures:
+    """What one row measured, at the scale of its models."""
 
-    seconds: float
-    processor: float
-    peak: int
+    name: str
+    scale: str
+    rounds: Sequence[Round]
 
+    @property
+    def title(self) -> str:
+        """Its name, with what is not as in the other rows."""
+        limited = ROWS[self.name].most_runs == len(self.rounds)
+        other = [*([self.scale] if self.scale != "1.1B" else []), *([f"runs: {len(self.rounds)}"] if limited else [])]
+        return f"{self.name} ({', '.join(other)})" if other else self.name
 
-def measure(command: Sequence[str | Path], log: Path) -> Cost:
-    """Run a command to its end, its output in a log file. Raises SystemExit with the log where it fails."""
-    os.sync()
-    with log.open("wb") as output:
-        begun = time.perf_counter()
-        child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=_environment())
-        _, status, usage = os.wait4(child.pid, 0)
-        seconds = time.perf_counter() - begun
-    child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode:
-        raise SystemExit(f"{' '.join(map(str, command))}: status {child.returncode}\n{log.read_text(errors='replace')}")
-    return Cost(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * _RSS_UNIT)
+    def of(self, field: str) -> dict[str, list[float]]:
+        """Give one figure of each program's costs, round by round."""
+        return {p: [getattr(one[p], field) for one in self.rounds if p in one] for p in ("peer", "ours", "cp")}
 
 
-def _environment() -> dict[str, str]:
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "PATH": f"{_BIN}{os.pathsep}{os.environ['PATH']}"}
+def make_inputs(folder: Path, models: Sequence[str], scale: str, *flags: str) -> None:
+    """Write the inputs that are not there yet."""
+    subprocess.run([sys.executable, _INPUTS, folder, *models, "--scale", scale, *flags], check=True)
 
 
-def one_round(name: str, work: Path, inputs: Path) -> dict[str, Cost]:
-    """Let a peer, us and `cp` do one recipe, one after the other; nothing of it is left afterwards."""
-    ours, theirs = work / f"{name}.portmanteau.yaml", work / f"{name}.peer.yaml"  # JSON is YAML
-    ours.write_text(json.dumps(our_recipe(name, inputs), indent=2), encoding="utf-8")
-    outs = {program: work / f"out-{program}" for program in ("peer", "ours", "cp")}
-    if name in OURS_ALONE:
-        recipe, peer = our_recipe("linear", inputs), ["portmanteau", "build", theirs, outs["peer"]]
-    else:
-        recipe, peer = mergekit_recipe(name, inputs), ["mergekit-yaml", theirs, outs["peer"], "--no-copy-tokenizer"]
-    theirs.write_text(json.dumps(recipe, indent=2), encoding="utf-8")
-    log = work / "last.log"
-    for out in outs.values():
-        shutil.rmtree(out, ignore_errors=True)
-    try:
-        costs = {"peer": measure(peer, log)}
-        shutil.rmtree(outs["peer"])
-        costs["ours"] = measure(["portmanteau", "build", ours, outs["ours"]], log)
-        costs["cp"] = measure(["sh", "-c", _COPY_AND_SYNC, "cp", outs["ours"], outs["cp"]], log)
-    finally:
-        for out in outs.values():
-            shutil.rmtree(out, ignore_errors=True)
-    shown = [f"{p} {c.seconds:.2f} s (CPU {c.processor:.2f}) {c.peak / 1e6:.0f} MB" for p, c in costs.items()]
-    print(f"{name}: {', '.join(shown)}", file=sys.stderr, flush=True)
-    return costs
+def warm(folders: Sequence[Path]) -> None:
+    """Read every file once: what fits into the page cache lies there then."""
+    buffer = bytearray(1 << 20)
+    for path in (path for folder in folders for path in sorted(folder.glob("*.safetensors"))):
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
 
 
-def table(rounds: Mapping[str, Sequence[Mapping[str, Cost]]]) -> str:
-    """Draw the medians as a Markdown table."""
-    lines = [
-        "| recipe | peer | peer s | ours s | peer ÷ ours | cp s | ours ÷ cp | peer MB | ours MB |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
+def rounds(name: str, inputs: Path, scratch: Path, runs: int, *, alone: bool) -> Iterator[Round]:
+    """Let the programs take turns in a folder of their own; each result is removed as soon as it is not needed."""
+    row, log = ROWS[name], scratch / "log"
+    outs = {program: scratch / program for program in ("peer", "ours", "cp")}
+    theirs = peer_command(row, inputs, scratch / "peer.yaml", outs["peer"])
+    ours = our_command(row, inputs, scratch / "ours.yaml", outs["ours"])
+    warm([inputs / model for model in row.models])
+    for number in range(runs + 1):
+        costs = {}
+        if not alone:
+            costs["peer"] = measure(theirs if number else _made_ready(row, theirs), log)
+            shutil.rmtree(outs["peer"], ignore_errors=True)
+        costs["ours"] = measure(ours, log)
+        costs["cp"] = measure(["sh", "-c", COPY_AND_SYNC, "cp", outs["ours"], outs["cp"]], log)
+        for program in ("ours", "cp"):
+            shutil.rmtree(outs[program])
+        if number:
+            shown = [f"{p} {c.seconds:.2f} s (CPU {c.processor:.2f}) {c.peak / 1e6:.0f} MB" for p, c in costs.items()]
+            print(f"{name}: {', '.join(shown)}", file=sys.stderr, flush=True)
+            yield costs
+
+
+def _made_ready(row: Row, command: Sequence[str | Path]) -> Sequence[str | Path]:
+    """Give what loads a peer's program once without its work."""
+    return [sys.executable, "-c", "import peft, transformers"] if row.peer == "peft" else [command[0], "--help"]
+
+
+def table(figures: Sequence[Figures]) -> str:
+    """Draw medians, each with its range, as a Markdown table; with targets where a row has its own scale."""
+    lines = [f"| {' | '.join(_TITLES)} |", f"|---|---|{'--:|' * (len(_TITLES) - 3)}---|"]
+    return "\n".join([*lines, *(f"| {' | '.join(_cells(found))} |" for found in figures)])
+
+
+def _cells(found: Figures) -> list[str]:
+    row = ROWS[found.name]
+    targets = row.targets if found.scale == row.scale else Targets()
+    seconds, ours = found.of("seconds"), median(found.of("seconds")["ours"])
+    peaks, processor = found.of("peak"), found.of("processor")
+    faster = median(seconds["peer"]) / ours if seconds["peer"] else None
+    of_copy = ours / median(seconds["cp"])
+    return [
+        found.title,
+        row.peer,
+        *(_range(seconds[program]) for program in ("peer", "ours", "cp")),
+        "–" if faster is None else f"{faster:.1f}",
+        _bound("≥", targets.faster),
+        f"{of_copy:.2f}",
+        _bound("≤", targets.of_copy),
+        *(f"{median(peaks[program]) / 1e6:.0f}" if peaks[program] else "–" for program in ("peer", "ours")),
+        _bound("≤", targets.peak and targets.peak / 1e6),
+        *(f"{median(processor[program]):.1f}" if processor[program] else "–" for program in ("peer", "ours")),
+        targets.verdict(faster, of_copy, median(peaks["ours"])),
     ]
-    for name, costs in rounds.items():
-        theirs, ours, copied = (median(one[program].seconds for one in costs) for program in ("peer", "ours", "cp"))
-        their_peak, our_peak = (median(one[program].peak for one in costs) / 1e6 for program in ("peer", "ours"))
-        peer = "our `linear`" if name in OURS_ALONE else "mergekit"
-        lines.append(
-            f"| {name} | {peer} | {theirs:.2f} | {ours:.2f} | {theirs / ours:.2f} | {copied:.2f} | {ours / copied:.2f} "
-            f"| {their_peak:.0f} | {our_peak:.0f} |"
-        )
-    return "\n".join(lines)
 
 
-def _recipes(text: str) -> list[str]:
+def _range(values: Sequence[float]) -> str:
+    if not values:
+        return "–"
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
+    return f"{median(values):.2f} ({min(values):.2f}–{max(values):.2f})"
+
+
+def _bound(sign: str, value: float | None) -> str:
+    return "–" if value is None else f"{sign} {value:g}"
+
+
+def save(path: Path, about: str, figures: Sequence[Figures]) -> None:
+    """Keep the raw figures."""
+    raw = {"machine": about, "rows": [asdict(found) for found in figures]}
+    path.write_text(json.dumps(raw, indent=2), encoding="utf-8")
+
+
+def read(path: Path) -> tuple[str, list[Figures]]:
+    """Read raw figures back."""
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    figures = []
+    for row in raw["rows"]:
+        found = [{program: Cost(**cost) for program, cost in one.items()} for one in row["rounds"]]
+        figures.append(Figures(row["name"], row["scale"], found))
+    return raw["machine"], figures
+
+
+def _rows(text: str) -> list[str]:
     names = text.split(",")
-    if unknown := [name for name in names if name not in OURS]:
-        raise argparse.ArgumentTypeError(f"unknown recipe {', '.join(unknown)}; known: {', '.join(OURS)}")
+    if unknown := [name for name in names if name not in ROWS]:
+        raise argparse.ArgumentTypeError(f"unknown row {', '.join(unknown)}; known: {', '.join(ROWS)}")
     return names
 
 
-def main() -> None:
-    """Make the inputs, run every recipe, print the table."""
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder for inputs (kept) and outputs (removed)")
-    parser.add_argument("--recipes", type=_recipes, default=list(OURS), help=f"of {','.join(OURS)}; default: all")
+    parser.add_argument("--work", type=Path, help="folder for inputs (kept) and outputs (removed)")
+    parser.add_argument("--rows", type=_rows, default=list(ROWS), help=f"of {','.join(ROWS)}; default: all")
     parser.add_argument("--runs", type=int, default=5, help="counted runs of each program; default: 5")
-    parser.add_argument("--scale", choices=("full", "tiny"), default="full", help="1.1 billion parameters, or a toy")
+    parser.add_argument("--scale", help="tiny, 0.1B, 0.3B, 1.1B or 8B for all rows; default: each row's own")
+    parser.add_argument("--alone", action="store_true", help="without the peers")
+    parser.add_argument("--json", type=Path, help="keep the raw figures here, written after every row")
+    parser.add_argument("--table", type=Path, help="measure nothing, draw the table of kept figures")
     arguments = parser.parse_args()
-    inputs = (arguments.work / arguments.scale).absolute()
-    subprocess.run([sys.executable, _INPUTS, inputs, "--scale", arguments.scale], check=True)
-    rounds = {}
-    for name in arguments.recipes:
-        rounds[name] = [one_round(name, arguments.work.absolute(), inputs) for _ in range(1 + arguments.runs)][1:]
-    print(f"{platform.machine()}, {os.cpu_count()} processors; medians of {arguments.runs} runs\n\n{table(rounds)}")
+    if (arguments.work is None) == (arguments.table is None):
+        parser.error("either --work or --table")
+    return arguments
+
+
+def main() -> None:
+    """Make the inputs, run every row, print the table."""
+    arguments = _arguments()
+    if arguments.table:
+        about, figures = read(arguments.table)
+    else:
+        about, figures = machine(), []
+        work: Path = arguments.work.absolute()
+        for name in arguments.rows:
+            scale = arguments.scale or ROWS[name].scale
+            needed = {*ROWS[name].models, *(ROWS["linear"].models if ROWS[name].peer == "our linear" else ())}
+            make_inputs(work / scale, sorted(needed), scale)
+            runs = min(arguments.runs, ROWS[name].most_runs or arguments.runs)
+            with TemporaryDirectory(prefix="run-", dir=work) as scratch:
+                found = list(rounds(name, work / scale, Path(scratch), runs, alone=arguments.alone))
+            figures.append(Figures(name, scale, found))
+            if arguments.json:
+                save(arguments.json, about, figures)
+    most = max(len(found.rounds) for found in figures)
+    print(f"{about}; medians of {most} interleaved runs (least–most)\n\n{table(figures)}")
 
 
 if __name__ == "__main__":

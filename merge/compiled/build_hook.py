@@ -1,0 +1,52 @@
+"""Compiles kernels.c beside itself, where there is a C compiler; without one everything works, by torch.
+
+Hatchling calls it when a wheel or an editable install is made; `python merge/compiled/build_hook.py` does it by hand.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+HERE = Path(__file__).resolve().parent
+LIBRARY = HERE / "kernels.native"  # no name of a module, since it is none
+_FLAGS = ("-O3", "-std=c11", "-ffp-contract=off", "-fPIC", "-shared", "-fvisibility=hidden")
+
+
+def compiled() -> bool:
+    """Compile the library; tell whether there is one now."""
+    LIBRARY.unlink(missing_ok=True)
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        print("portmanteau: no C compiler: merges will be made by torch alone, which is slower", file=sys.stderr)
+        return False
+    command = [*compiler.split(), *_FLAGS, "-o", str(LIBRARY), str(HERE / "kernels.c"), "-lm"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(f"portmanteau: not compiled, merges will be slower:\n{done.stderr}", file=sys.stderr)
+    return LIBRARY.is_file()
+
+
+class KernelsHook(BuildHookInterface[Any]):
+    """Puts the library into wheels, and beside its source for editable installs."""
+
+    PLUGIN_NAME = "custom"
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        """Compile; a wheel that holds the library is one for this platform, and for any Python 3."""
+        if self.target_name == "wheel" and compiled():
+            platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+            build_data["pure_python"] = False
+            build_data["tag"] = f"py3-none-{platform}"
+            build_data["artifacts"].append(LIBRARY.relative_to(Path(self.root).resolve()).as_posix())
+
+
+if __name__ == "__main__":
+    sys.exit(0 if compiled() else 1)

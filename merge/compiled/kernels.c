@@ -1,0 +1,445 @@
+/* The hot loops of a few operators, over stored bytes: load as fp32, compute, store, a block at a time.
+
+   Each function gives, bit for bit, what the operators' definitions in Python give (tests/test_compiled.py), which fixes
+   the order of every addition: no fused multiply-add (-ffp-contract=off), no reassociation. Sums run in fp64 over rows of
+   ROW entries, each halved until one number is left, so that no bit depends on the width of the machine's vectors. */
+
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#define ROW 4096 /* merge/kernels.py has the same */
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__gnu_linux__)
+#define WIDE __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define WIDE
+#endif
+#if defined(__GNUC__)
+#define INLINE static inline __attribute__((always_inline))
+#else
+#define INLINE static inline
+#endif
+#if defined(_WIN32)
+#define API __declspec(dllexport)
+#else
+#define API __attribute__((visibility("default")))
+#endif
+
+enum dtype { F32, BF16, F16 };                      /* library.py has the same numbers */
+enum elect { EVERY, BY_WEIGHTED, BY_UNWEIGHTED };   /* whose sign decides what is merged; EVERY: none does */
+enum divide { BY_NOTHING, BY_WEIGHTS, BY_COUNT };
+
+typedef struct {
+    const void *data; /* of the entries that are worked on */
+    int32_t dtype;
+} tensor;
+
+/* How one delta is thinned: entries at least as large as a boundary, or entries drawn at random, are kept. */
+typedef struct {
+    int32_t kind; /* 0: all are kept, and nothing is multiplied; 1: by size; 2: at random */
+    float factor; /* of what is kept */
+    float value;
+    int64_t last; /* the last index, in the whole tensor, that an entry of exactly this magnitude may have */
+    uint64_t key; /* of the random stream */
+    uint64_t limit; /* kept where the draw, of 53 bits, is below it */
+} thinning;
+
+/* How thinned deltas are added up. */
+typedef struct {
+    int32_t elect;
+    int32_t divide;
+    float divisor; /* where all are merged: the sum of the weights, or the count */
+    float scale;
+} merging;
+
+INLINE uint32_t bits_of(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return bits;
+}
+
+INLINE float of_bits(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+/* ---- dtypes: IEEE 754, to nearest, ties to even */
+
+INLINE float from_half(uint16_t half) {
+    uint32_t magnitude = (uint32_t)(half & 0x7fff) << 13, sign = (uint32_t)(half & 0x8000) << 16;
+    float scaled = of_bits(magnitude) * 0x1p112f; /* exact, of subnormal halves too */
+    uint32_t bits = magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : bits_of(scaled);
+    return of_bits(bits | sign);
+}
+
+INLINE uint16_t to_half(float value) {
+    uint32_t bits = bits_of(value), sign = bits & 0x80000000u, magnitude = bits ^ sign;
+    uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+    uint32_t tiny = bits_of(of_bits(magnitude) + 0.5f) - 0x3f000000u; /* the addition rounds to the last place of a half */
+    uint32_t normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1)) >> 13;
+    uint32_t half = magnitude >= 0x477ff000u ? special : magnitude < 0x38800000u ? tiny : normal;
+    return (uint16_t)(half | sign >> 16);
+}
+
+INLINE uint16_t to_bfloat(float value) {
+    uint32_t bits = bits_of(value), rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;
+    return (uint16_t)((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
+INLINE void load(float *restrict to, const void *from, int dtype, size_t start, size_t count) {
+    if (dtype == F32) {
+        memcpy(to, (const float *)from + start, count * sizeof(float));
+    } else if (dtype == BF16) {
+        const uint16_t *raw = (const uint16_t *)from + start;
+        for (size_t i = 0; i < count; i++) to[i] = of_bits((uint32_t)raw[i] << 16);
+    } else {
+        const uint16_t *raw = (const uint16_t *)from + start;
+        for (size_t i = 0; i < count; i++) to[i] = from_half(raw[i]);
+    }
+}
+
+INLINE void store(void *to, const float *restrict from, int dtype, size_t start, size_t count) {
+    if (dtype == F32) {
+        memcpy((float *)to + start, from, count * sizeof(float));
+    } else if (dtype == BF16) {
+        uint16_t *raw = (uint16_t *)to + start;
+        for (size_t i = 0; i < count; i++) raw[i] = to_bfloat(from[i]);
+    } else {
+        uint16_t *raw = (uint16_t *)to + start;
+        for (size_t i = 0; i < count; i++) raw[i] = to_half(from[i]);
+    }
+}
+
+/* Load a block of one model: its weights, or minus those of the base, where there is one. */
+INLINE void load_vector(float *restrict to, tensor from, const float *restrict base, size_t start, size_t count) {
+    load(to, from.data, from.dtype, start, count);
+    if (base)
+        for (size_t i = 0; i < count; i++) to[i] -= base[i];
+}
+
+INLINE void finish(
+    float *restrict sum, const float *restrict base, float divisor, float scale, void *out, int dtype, size_t start,
+    size_t count
+) {
+    if (divisor != 1.0f)
+        for (size_t i = 0; i < count; i++) sum[i] /= divisor;
+    if (scale != 1.0f)
+        for (size_t i = 0; i < count; i++) sum[i] *= scale;
+    if (base)
+        for (size_t i = 0; i < count; i++) sum[i] += base[i];
+    store(out, sum, dtype, start, count);
+}
+
+INLINE size_t block_at(size_t start, size_t entries) { return entries - start < ROW ? entries - start : ROW; }
+
+/* ---- linear, task_arithmetic, slerp, casts: [base +] (sum w_i · (x_i [- base])) / divisor · scale */
+
+API WIDE void weighted_sum(
+    size_t entries, int models, const tensor *inputs, const float *weights, tensor base, float divisor, float scale,
+    void *out, int dtype
+) {
+    float sum[ROW], one[ROW], below[ROW];
+    for (size_t start = 0; start < entries; start += ROW) {
+        size_t count = block_at(start, entries);
+        const float *from = base.data ? below : NULL;
+        int present = 0;
+        if (from) load(below, base.data, base.dtype, start, count);
+        for (int model = 0; model < models; model++) {
+            float weight = weights[model];
+            if (weight == 0.0f) continue;
+            if (!present++) {
+                load_vector(sum, inputs[model], from, start, count);
+                for (size_t i = 0; i < count; i++) sum[i] *= weight;
+            } else {
+                load_vector(one, inputs[model], from, start, count);
+                for (size_t i = 0; i < count; i++) sum[i] += one[i] * weight;
+            }
+        }
+        if (!present) memset(sum, 0, sizeof sum);
+        finish(sum, from, divisor, scale, out, dtype, start, count);
+    }
+}
+
+/* ---- sums over rows, halved until one number is left; what is lacking of the last row counts as zero */
+
+INLINE double halved(double *restrict values) {
+    for (size_t half = ROW / 2; half > 0; half /= 2)
+        for (size_t i = 0; i < half; i++) values[i] += values[i + half];
+    return values[0];
+}
+
+/* The inner products of all pairs i <= j: sums[pair][row], pairs in the order (0, 0), (0, 1), …, (1, 1), … */
+API WIDE void inner_products(
+    size_t entries, int models, const tensor *inputs, tensor base, float *scratch /* [models][ROW] */, double *sums
+) {
+    double products[ROW];
+    float below[ROW];
+    size_t rows = (entries + ROW - 1) / ROW;
+    for (size_t row = 0; row < rows; row++) {
+        size_t start = row * ROW, count = block_at(start, entries);
+        const float *from = base.data ? below : NULL;
+        if (from) load(below, base.data, base.dtype, start, count);
+        for (int model = 0; model < models; model++) {
+            load_vector(scratch + model * ROW, inputs[model], from, start, count);
+            for (size_t i = count; i < ROW; i++) scratch[model * ROW + i] = 0.0f;
+        }
+        double *sum = sums + row;
+        for (int one = 0; one < models; one++) {
+            for (int other = one; other < models; other++, sum += rows) {
+                const float *a = scratch + one * ROW, *b = scratch + other * ROW;
+                for (size_t i = 0; i < ROW; i++) products[i] = (double)a[i] * (double)b[i];
+                *sum = halved(products);
+            }
+        }
+    }
+}
+
+/* ---- the boundary of the k largest magnitudes, by the bits of |delta|: those of positive floats order as the floats do */
+
+#define LANES 4 /* histograms side by side: equal digits that follow each other need not wait */
+
+/* Count, in one row of so many, the higher 16 bits of every magnitude; or the lower ones, of those whose higher bits are
+   `high`. */
+API WIDE void count_digits(
+    size_t entries, tensor input, tensor base, size_t every, int64_t high /* -1: count the higher ones */,
+    uint32_t *restrict lanes /* [LANES][1 << 16] */
+) {
+    float one[ROW], below[ROW];
+    uint32_t bits[ROW];
+    for (size_t start = 0; start < entries; start += ROW * every) {
+        size_t count = block_at(start, entries);
+        if (base.data) load(below, base.data, base.dtype, start, count);
+        load_vector(one, input, base.data ? below : NULL, start, count);
+        for (size_t i = 0; i < count; i++) bits[i] = bits_of(one[i]) & 0x7fffffffu;
+        if (high < 0) {
+            for (size_t i = 0; i < count; i++) lanes[((i % LANES) << 16) | bits[i] >> 16]++;
+        } else {
+            size_t found = 0;
+            for (size_t i = 0; i < count; i++) { /* without a branch that would be mispredicted */
+                uint32_t now = bits[i];
+                bits[found] = now & 0xffffu;
+                found += now >> 16 == (uint32_t)high;
+            }
+            for (size_t i = 0; i < found; i++) lanes[((i % LANES) << 16) | bits[i]]++;
+        }
+    }
+}
+
+/* Find the bin of the wanted-th largest: found = {its digit, how many lie above it, how many in it}. */
+API void find_digit(const uint32_t *lanes, int64_t wanted, int64_t found[3]) {
+    int64_t above = 0;
+    for (int64_t digit = (1 << 16) - 1; digit >= 0; digit--) {
+        int64_t here = 0;
+        for (int lane = 0; lane < LANES; lane++) here += lanes[(lane << 16) | digit];
+        if (above + here >= wanted || digit == 0) {
+            found[0] = digit, found[1] = above, found[2] = here;
+            return;
+        }
+        above += here;
+    }
+}
+
+/* Keep the bits of the magnitudes in [low, high), and add up how many are above; gives how many were kept, -1 where they
+   are more than there is room for. */
+API WIDE int64_t sift(
+    size_t entries, tensor input, tensor base, uint32_t low, uint32_t high, uint32_t *kept, size_t room, int64_t *above
+) {
+    float one[ROW], below[ROW];
+    uint32_t bits[ROW];
+    size_t total = 0;
+    int64_t larger = 0;
+    for (size_t start = 0; start < entries; start += ROW) {
+        size_t count = block_at(start, entries), found = 0;
+        if (base.data) load(below, base.data, base.dtype, start, count);
+        load_vector(one, input, base.data ? below : NULL, start, count);
+        uint32_t here = 0;
+        for (size_t i = 0; i < count; i++) {
+            bits[i] = bits_of(one[i]) & 0x7fffffffu;
+            here += bits[i] >= high;
+        }
+        larger += here;
+        for (size_t i = 0; i < count; i++) { /* without a branch that would be mispredicted */
+            uint32_t now = bits[i];
+            bits[found] = now;
+            found += now - low < high - low;
+        }
+        if (total + found > room) return -1;
+        memcpy(kept + total, bits, found * sizeof *kept);
+        total += found;
+    }
+    *above += larger;
+    return (int64_t)total;
+}
+
+/* Find the wanted-th largest of these bits: found = {it, how many are larger, how many are equal}. */
+API void find_among(const uint32_t *bits, size_t count, int64_t wanted, uint32_t *lanes, int64_t found[3]) {
+    int64_t higher[3];
+    memset(lanes, 0, (LANES << 16) * sizeof *lanes);
+    for (size_t i = 0; i < count; i++) lanes[((i % LANES) << 16) | bits[i] >> 16]++;
+    find_digit(lanes, wanted, higher);
+    memset(lanes, 0, (LANES << 16) * sizeof *lanes);
+    for (size_t i = 0; i < count; i++)
+        if (bits[i] >> 16 == (uint32_t)higher[0]) lanes[((i % LANES) << 16) | (bits[i] & 0xffffu)]++;
+    find_digit(lanes, wanted - higher[1], found);
+    found[0] |= higher[0] << 16;
+    found[1] += higher[1];
+}
+
+/* The position of the ordinal-th entry (from 1) of exactly this magnitude; -(how many there are) - 1 where there are fewer. */
+API WIDE int64_t find_equal(size_t entries, tensor input, tensor base, float value, int64_t ordinal) {
+    float one[ROW], below[ROW];
+    int64_t passed = 0;
+    for (size_t start = 0; start < entries; start += ROW) {
+        size_t count = block_at(start, entries);
+        int64_t here = 0;
+        if (base.data) load(below, base.data, base.dtype, start, count);
+        load_vector(one, input, base.data ? below : NULL, start, count);
+        for (size_t i = 0; i < count; i++) here += fabsf(one[i]) == value;
+        if (passed + here >= ordinal)
+            for (size_t i = 0; i < count; i++)
+                if (fabsf(one[i]) == value && ++passed == ordinal) return (int64_t)(start + i);
+        passed += here;
+    }
+    return -passed - 1;
+}
+
+/* ---- random masks: SplitMix64 at counter index + 1 of the stream `key` */
+
+INLINE uint64_t drawn(uint64_t key, uint64_t index) {
+    uint64_t state = key + (index + 1) * 0x9e3779b97f4a7c15u;
+    state = (state ^ state >> 30) * 0xbf58476d1ce4e5b9u;
+    state = (state ^ state >> 27) * 0x94d049bb133111ebu;
+    return (state ^ state >> 31) >> 11;
+}
+
+/* Thin a block of a delta whose first entry has this index in the whole tensor. */
+INLINE void thin(float *restrict delta, thinning how, uint64_t index, size_t count) {
+    if (how.kind == 1) {
+        int64_t left = how.last - (int64_t)index; /* equal ones are kept up to here */
+        if (left >= (int64_t)count) {
+            for (size_t i = 0; i < count; i++) delta[i] = fabsf(delta[i]) >= how.value ? delta[i] : 0.0f;
+        } else {
+            int32_t limit = left < -1 ? -1 : (int32_t)left;
+            for (size_t i = 0; i < count; i++) {
+                float size = fabsf(delta[i]);
+                int kept = (size > how.value) | ((size == how.value) & ((int32_t)i <= limit));
+                delta[i] = kept ? delta[i] : 0.0f;
+            }
+        }
+    } else if (how.kind == 2) {
+        for (size_t i = 0; i < count; i++) {
+            uint32_t kept = drawn(how.key, index + i) < how.limit ? 0xffffffffu : 0u;
+            delta[i] = of_bits(bits_of(delta[i]) & kept);
+        }
+    }
+    if (how.kind)
+        for (size_t i = 0; i < count; i++) delta[i] *= how.factor;
+}
+
+/* For one model, the sums over rows of |delta|, and of |delta| of what is kept: sums[2][row]. */
+API WIDE void magnitudes(
+    size_t entries, tensor input, tensor base, const thinning *how, int64_t index, double *sums
+) {
+    float one[ROW], below[ROW];
+    double values[ROW];
+    size_t rows = (entries + ROW - 1) / ROW;
+    thinning keep = *how;
+    keep.factor = 1.0f;
+    for (size_t row = 0; row < rows; row++) {
+        size_t start = row * ROW, count = block_at(start, entries);
+        if (base.data) load(below, base.data, base.dtype, start, count);
+        load_vector(one, input, base.data ? below : NULL, start, count);
+        for (size_t i = count; i < ROW; i++) one[i] = 0.0f;
+        for (size_t i = 0; i < ROW; i++) values[i] = fabsf(one[i]);
+        sums[row] = halved(values);
+        thin(one, keep, (uint64_t)index + start, count);
+        for (size_t i = 0; i < ROW; i++) values[i] = fabsf(one[i]);
+        sums[rows + row] = halved(values);
+    }
+}
+
+/* ---- ties, dare: base + what is made of the thinned deltas */
+
+INLINE void sum_of_all(
+    float *restrict sum, const float *restrict deltas, const float *weights, int models, size_t count
+) {
+    int present = 0;
+    for (int model = 0; model < models; model++) {
+        const float *delta = deltas + model * ROW;
+        float weight = weights[model];
+        if (weight == 0.0f) continue;
+        if (!present++)
+            for (size_t i = 0; i < count; i++) sum[i] = delta[i] * weight;
+        else
+            for (size_t i = 0; i < count; i++) sum[i] += delta[i] * weight;
+    }
+    if (!present) memset(sum, 0, count * sizeof(float));
+}
+
+INLINE void sum_of_agreeing(
+    float *restrict sum, const float *restrict deltas, const float *weights, int models, merging how, size_t count
+) {
+    float votes[ROW], shares[ROW];
+    for (int model = 0; model < models; model++) {
+        const float *delta = deltas + model * ROW;
+        float weight = how.elect == BY_WEIGHTED ? weights[model] : 1.0f;
+        if (!model)
+            for (size_t i = 0; i < count; i++) votes[i] = delta[i] * weight;
+        else
+            for (size_t i = 0; i < count; i++) votes[i] += delta[i] * weight;
+    }
+    for (size_t i = 0; i < count; i++) sum[i] = -0.0f, shares[i] = 0.0f; /* -0 + x is x, whatever the sign of a zero */
+    for (int model = 0; model < models; model++) {
+        const float *restrict delta = deltas + model * ROW;
+        float weight = weights[model], vote = how.elect == BY_WEIGHTED ? weight : 1.0f;
+        float share = how.divide == BY_COUNT ? 1.0f : weight;
+        for (size_t i = 0; i < count; i++) {
+            float voice = delta[i] * vote;
+            uint32_t plus = votes[i] >= 0.0f ? 0u : 0x80000000u;
+            uint32_t same = of_bits(bits_of(voice) ^ plus) > 0.0f ? 0xffffffffu : 0u;
+            sum[i] += of_bits(bits_of(delta[i] * weight) & same);
+            shares[i] += of_bits(bits_of(share) & same);
+        }
+    }
+    if (how.divide != BY_NOTHING)
+        for (size_t i = 0; i < count; i++) sum[i] /= shares[i] == 0.0f ? 1.0f : shares[i];
+}
+
+API WIDE void thinned_sum(
+    size_t entries, int models, const tensor *inputs, const float *weights, const thinning *thin_by, tensor base,
+    merging how, int64_t index, float *scratch /* [models][ROW] */, void *out, int dtype
+) {
+    float sum[ROW], below[ROW];
+    for (size_t start = 0; start < entries; start += ROW) {
+        size_t count = block_at(start, entries);
+        const float *from = base.data ? below : NULL;
+        if (from) load(below, base.data, base.dtype, start, count);
+        for (int model = 0; model < models; model++) {
+            load_vector(scratch + model * ROW, inputs[model], from, start, count);
+            thin(scratch + model * ROW, thin_by[model], (uint64_t)index + start, count);
+        }
+        if (how.elect == EVERY)
+            sum_of_all(sum, scratch, weights, models, count);
+        else
+            sum_of_agreeing(sum, scratch, weights, models, how, count);
+        finish(sum, from, how.elect == EVERY ? how.divisor : 1.0f, how.scale, out, dtype, start, count);
+    }
+}
+
+/* ---- NaN and infinity */
+
+API WIDE int64_t count_non_finite(size_t entries, tensor input) {
+    int64_t found = 0;
+    if (input.dtype == F32) {
+        const uint32_t *raw = input.data;
+        for (size_t i = 0; i < entries; i++) found += (raw[i] & 0x7f800000u) == 0x7f800000u;
+    } else {
+        const uint16_t *raw = input.data;
+        uint16_t exponent = input.dtype == BF16 ? 0x7f80 : 0x7c00;
+        for (size_t i = 0; i < entries; i++) found += (raw[i] & exponent) == exponent;
+    }
+    return found;
+}
