@@ -18,6 +18,7 @@ from .layer_swap import layer_swap
 from .lora import lora
 from .metric_command import measured_by
 from .overlap import Overlap, overlaps
+from .preflight import Preflight, preflight
 from .recipe.reading import Recipe, load
 from .revert_sparse import revert_sparse
 from .slices import Slice, slices
@@ -46,6 +47,7 @@ __all__ = [
     "Ends",
     "Exponential",
     "Overlap",
+    "Preflight",
     "Recipe",
     "RowOf",
     "Rule",
@@ -72,6 +74,7 @@ __all__ = [
     "lora",
     "measured_by",
     "overlaps",
+    "preflight",
     "revert_sparse",
     "slices",
     "sparse_fine_tune",

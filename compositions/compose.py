@@ -31,22 +31,25 @@ from .vocabulary.row_maps import RowOf, TokenRule
 from .vocabulary.shared import Shared
 
 
-def compose(recipe: Recipe) -> Composed | Surveyed:
+def compose(recipe: Recipe, *, weights: bool = True) -> Composed | Surveyed:
     """Open the checkpoints and put the result together, from headers alone.
+
+    Models on the Hub are downloaded; with `weights=False` only their headers are, and the result can be planned.
 
     Raises RecipeError with every mistake found: models that cannot be opened, that do not fit, settings they refuse.
     """
-    made = _Composer(recipe).result()
+    made = _Composer(recipe, weights).result()
     return made.noted(recipe.document.notes) if isinstance(made, Composed) else made
 
 
 class _Composer:
     """Opens each reference once and composes each step once."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        self._recipe = recipe
+    def __init__(self, recipe: Recipe, weights: bool) -> None:
+        self._recipe, self._weights = recipe, weights
         self._made: dict[tuple[Reference, bool], Any] = {}  # by kind of reference, and whether with its own vocabulary
         self._under_way: list[str] = []
+        self._failed: dict[tuple[str, bool], PortmanteauError] = {}  # by step, and the same
         self._shared: dict[Reference | None, Checkpoint] = {}  # models of the result's vocabulary; None: of the result
 
     def result(self) -> Composed | Surveyed:
@@ -54,6 +57,7 @@ class _Composer:
         self._open_all()
         output = self._recipe.output
         notes = self._share(output.tokenizer) if output.tokenizer is not None else ()
+        self._compose_steps()
         shared = self._shared.get(None)
         merged = shared if isinstance(shared, Composed) else self._composed(self._recipe.merge)
         companions = merged.companions
@@ -151,6 +155,17 @@ class _Composer:
         if mistakes:
             raise RecipeError.of({m.where.partition(": ")[2] + m.what: m for m in mistakes}.values())
 
+    def _compose_steps(self) -> None:
+        """Compose every step, and report all that do not fit together."""
+        mistakes: list[Mistake] = []
+        for name in self._recipe.steps:
+            try:
+                self._opened(Reference(path=name))
+            except PortmanteauError as error:
+                mistakes += error.mistakes
+        if mistakes:
+            raise RecipeError.of(mistakes)
+
     def _opened(self, reference: Reference, *, own: bool = False) -> Any:
         """Give what a reference stands for: a step's result, or what its kind of reference opens; once for each.
 
@@ -171,7 +186,7 @@ class _Composer:
             return self._step(name, own=own)
         meant = self._recipe.models.get(name, reference)
         place = meant.path if meant.is_on_hub(folder) else meant.local(folder)
-        opened = reference.opener(place, revision=meant.revision, label=name)
+        opened = reference.opener(place, revision=meant.revision, label=name, weights=self._weights)
         return self._folded(opened, meant) if meant.lora else opened
 
     def _folded(self, base: Any, reference: Reference) -> Composed:
@@ -188,9 +203,16 @@ class _Composer:
         if name in self._under_way:
             where = self._recipe.document.where(body.path)
             raise RecipeError(where, f"steps need each other: {' → '.join([*self._under_way, name])}")
+        if (name, own) in self._failed:
+            raise self._failed[name, own]
         self._under_way.append(name)
-        made = self._composed(body, own=own or _keeps_vocabularies(body))
-        self._under_way.pop()
+        try:
+            made = self._composed(body, own=own or _keeps_vocabularies(body))
+        except PortmanteauError as error:
+            self._failed[name, own] = error
+            raise
+        finally:
+            self._under_way.pop()
         if isinstance(made, Surveyed):
             where = self._recipe.document.where(body.path)
             raise RecipeError(where, f"{body.name} makes no model", "build it first, by a recipe of its own")

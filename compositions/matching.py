@@ -163,6 +163,8 @@ def _same_files(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 def is_tied(base: Checkpoint) -> bool:
     """Tell whether the head of a language model is its embedding."""
     config = base.companions.config or {}
-    generates = any(matches(_WITH_TIED_HEADS, name) for name in config.get("architectures") or ())
+    named = config.get("architectures")
+    names = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
+    generates = any(matches(_WITH_TIED_HEADS, name) for name in names)
     own = any(matches(HEADS, name) for name in base.specs)
     return generates and not own and config.get("tie_word_embeddings") is not False

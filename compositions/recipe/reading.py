@@ -9,9 +9,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
-from portmanteau.merge import PortmanteauError, RecipeError
+from portmanteau.merge import CheckpointError, PortmanteauError, RecipeError
 from portmanteau.merge.dtypes import is_float, parse
 from portmanteau.merge.errors import Mistake, nearest
+from portmanteau.merge.files import places
 from portmanteau.merge.registry import exists, operators, unknown
 from portmanteau.merge.units import byte_count
 
@@ -189,7 +190,11 @@ class _Reader:
         result = dict(arguments)
         for key, value in arguments.items():
             if isinstance(value, list) and any(isinstance(one, Reference) and one.is_pattern for one in value):
-                found = [(one, one.expanded(folder)) for one in value]
+                try:
+                    found = [(one, one.expanded(folder)) for one in value]
+                except RecipeError as error:
+                    self._wrong((*path, key), error.mistakes[0].what, error.mistakes[0].hint)
+                    continue
                 for one in (one for one, several in found if not several):
                     self._wrong((*path, key), f"nothing is called {one.path!r}")
                 result[key] = [reference for _, several in found for reference in several]
@@ -240,9 +245,13 @@ class _Reader:
 
     def _check_place(self, reference: Reference, folder: Path, path: KeyPath, names: list[str]) -> None:
         place = reference.local(folder)
-        if place.exists() or (reference.is_on_hub(folder) and not reference.path.startswith(".")):
+        try:
+            if places.kind(place) != "nothing" or (reference.is_on_hub(folder) and not reference.path.startswith(".")):
+                return
+        except CheckpointError as error:
+            self._wrong(path, str(error.mistakes[0]))
             return
-        siblings = [found.name for found in place.parent.glob("*")] if place.parent.is_dir() else []
+        siblings = places.neighbours(place)
         what = f"no {'file or folder' if path[0] == 'models' else 'model, file or folder'} {reference.path!r}"
         self._wrong(path, what, nearest(place.name if "/" in reference.path else reference.path, names or siblings))
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from portmanteau.merge import CheckpointError
-from portmanteau.merge.companions import Companions, read_json
+from portmanteau.merge.companions import Companions
+from portmanteau.merge.files.json_file import TABLE_BYTES, read_json
 
 from .words import CONFIG, FILE, Words, definition, plain, words_of
 
@@ -78,7 +79,7 @@ def _files(words: Words, donor: Companions) -> Companions:
     if own is not None and own.ids == words.ids and own.added.keys() == words.added.keys():
         return Companions(files=files)
     kept = {name: path for name, path in files.items() if any(Path(name).match(one) for one in _BESIDE)}
-    about = read_json(files[CONFIG]) if CONFIG in files else {"tokenizer_class": "PreTrainedTokenizerFast"}
+    about = read_json(files[CONFIG], TABLE_BYTES) if CONFIG in files else {"tokenizer_class": "PreTrainedTokenizerFast"}
     if "added_tokens_decoder" in about:
         told = {str(one["id"]): {k: v for k, v in one.items() if k != "id"} for one in words.added.values()}
         about = {**about, "added_tokens_decoder": told}

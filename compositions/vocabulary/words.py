@@ -9,7 +9,8 @@ from types import MappingProxyType
 from typing import Any
 
 from portmanteau.merge import CheckpointError
-from portmanteau.merge.companions import Companions, read_json
+from portmanteau.merge.companions import Companions
+from portmanteau.merge.files.json_file import TABLE_BYTES, read_json
 
 CONFIG = "tokenizer_config.json"
 FILE = "tokenizer.json"
@@ -98,7 +99,7 @@ def definition(companions: Companions) -> dict[str, Any] | None:
         what, hint = "the tokenizer is one that is made here", "give all models to one call, or build this one first"
         raise CheckpointError(FILE, what, hint)
     if FILE in companions.files:
-        return read_json(companions.files[FILE])
+        return read_json(companions.files[FILE], TABLE_BYTES)
     known = [path for name, path in companions.files.items() if any(Path(name).match(one) for one in _WITH_VOCABULARY)]
     return _converted(known[0].parent) if known else None
 
@@ -120,7 +121,7 @@ def _converted(folder: Path) -> dict[str, Any]:
 
 def _told(companions: Companions, words: Words) -> Iterator[dict[str, Any]]:
     """Go through the tokens that transformers adds when it loads the files, in its order."""
-    about = read_json(companions.files[CONFIG]) if CONFIG in companions.files else {}
+    about = read_json(companions.files[CONFIG], TABLE_BYTES) if CONFIG in companions.files else {}
     decoder = about.get("added_tokens_decoder") or {}
     for _, token in sorted(decoder.items(), key=lambda one: int(one[0])):
         yield {**_FLAGS, **token}
