@@ -59,7 +59,12 @@ LAYERS = (  # a file imports only from layers above its own
     ("merge.describe",),
     ("merge.execute",),
     ("merge",),
-    ("compositions.composition", "compositions.recipe.lines", "compositions.mergekit.methods"),
+    (
+        "compositions.composition",
+        "compositions.components",
+        "compositions.recipe.lines",
+        "compositions.mergekit.methods",
+    ),
     ("compositions.recipe.lined", "compositions.recipe.reference", "compositions.restacked_config"),
     (
         "compositions.matching",
