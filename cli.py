@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -24,6 +25,9 @@ from portmanteau.compositions import (
     overlaps,
     reference_page,
 )
+from portmanteau.compositions.one_off import options as one_off_options
+from portmanteau.compositions.one_off.options import Option
+from portmanteau.compositions.one_off.written import one_off, write_beside
 from portmanteau.compositions.recipe import text as recipe_text
 from portmanteau.merge import describe
 from portmanteau.merge.execute import MEMORY, Limits
@@ -176,6 +180,89 @@ def inspect(
     if tensors:
         listed = [(r["name"], r["dtype"], str(r["shape"]), readable(r["bytes"])) for r in found["list"]]
         _table(("tensor", "dtype", "shape", "bytes"), listed)
+
+
+class _OneOffs(Mapping[str, Any]):
+    """The commands of `do`, one for each composition and operator, made from its declaration when it is asked for."""
+
+    def __getitem__(self, name: str) -> Any:
+        """Make the command of one of them."""
+        if name not in one_off_options.names():
+            raise KeyError(name)
+        only = typer.Typer(add_completion=False)
+        only.command(name, help=f"{one_off_options.summary(name)}\n\n`portmanteau show {name}` says more.")(
+            _doing(name)
+        )
+        return typer.main.get_command(only)
+
+    def __iter__(self) -> Iterator[str]:
+        """Go through their names."""
+        return iter(one_off_options.names())
+
+    def __len__(self) -> int:
+        """Count them."""
+        return len(one_off_options.names())
+
+
+class _DoGroup(typer.core.TyperGroup):
+    """The group whose commands are `_OneOffs`."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        self.commands = _OneOffs()  # type: ignore[assignment]  # typer only reads it
+
+
+app.add_typer(
+    typer.Typer(
+        cls=_DoGroup, no_args_is_help=True, help="Build from options: writes the recipe OUT.yaml and builds it."
+    ),
+    name="do",
+)
+
+
+def _doing(name: str) -> Any:
+    """Make the function behind `do NAME`, its parameters the options of NAME and those of every build."""
+
+    def do(
+        out: Annotated[Path, typer.Argument(help="The folder to make; its recipe is written as OUT.yaml.")],
+        dtype: Annotated[str | None, typer.Option(help="The dtype of the result, such as bfloat16.")] = None,
+        dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the recipe, and build nothing.")] = False,
+        force: Annotated[bool, typer.Option(help="Replace an earlier result, and its recipe.")] = False,
+        threads: Threads = None,
+        memory: Memory = MEMORY,
+        as_json: Json = False,
+        **given: Any,
+    ) -> None:
+        made = one_off(name, given, out.with_name(f"{out.name}.yaml"), {"dtype": dtype} if dtype else {})
+        made.check()
+        if dry_run:
+            typer.echo(made.text, nl=False)
+            return
+        write_beside(made, out, force=force)
+        build(made.file, out, threads=threads, memory=memory, force=force, as_json=as_json)
+
+    declared = signature(do, eval_str=True)
+    place, *common = (one for one in declared.parameters.values() if one.kind is not one.VAR_KEYWORD)
+    own = map(_parameter, one_off_options.options(name))
+    of_build = (one.replace(kind=Parameter.KEYWORD_ONLY) for one in common)
+    do.__signature__ = declared.replace(parameters=[place, *own, *of_build])  # type: ignore[attr-defined]
+    do.__annotations__ = {}
+    return do
+
+
+def _parameter(option: Option) -> Parameter:
+    """Make the parameter that typer reads an option from."""
+    annotated: Any = Annotated
+    kind: Any = list[str] if option.repeats else bool if option.kind == "flag" else str
+    told = typer.Option(
+        *([f"{option.flag}/--no-{option.flag[2:]}"] if option.kind == "flag" else option.spellings),
+        help=option.help.replace("[", "\\["),
+        metavar=None if option.kind == "flag" else option.metavar,
+        show_default=False,
+    )
+    default = Parameter.empty if option.required else None
+    annotation = annotated[kind if option.required else kind | None, told]
+    return Parameter(option.key, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 @app.command()

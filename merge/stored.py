@@ -105,7 +105,7 @@ def open(reference: str | Path, *, revision: str | None = None, label: str | Non
     if path.is_file():
         return StoredCheckpoint(label, [_open_file(path)], gather(path.parent), revision)
     text = str(reference)
-    if not hub.is_hub_id(text) or (isinstance(reference, Path) and path.is_absolute()):
+    if not hub.is_on_hub(text, revision) or (isinstance(reference, Path) and path.is_absolute()):
         known = [sibling.name for sibling in path.parent.glob("*")] if path.parent.is_dir() else []
         hint = nearest(path.name, known) if known else f"there is no folder {path.parent} either"
         raise CheckpointError(text, "no such file or folder", hint)

@@ -66,8 +66,9 @@ LAYERS = (  # a file imports only from layers above its own
     ("compositions.combine_lora", "compositions.mergekit.merge", "compositions.recipe.operator_body"),
     ("compositions.*",),
     ("compositions.recipe.reading", "compositions.reference_page"),
-    ("compositions.compose",),
-    ("compositions.greedy_soup",),
+    ("compositions.compose", "compositions.one_off"),
+    ("compositions.greedy_soup", "compositions.one_off.options"),
+    ("compositions.one_off.written",),
     ("compositions",),
     ("cli",),
 )

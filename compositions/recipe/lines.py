@@ -54,22 +54,27 @@ def read(path: Path) -> Document:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(str(path), f"cannot be read ({error})") from error
+    return parsed(text, str(path))
+
+
+def parsed(text: str, file: str) -> Document:
+    """Read YAML text that stands, or is to stand, in a file. Raises RecipeError as `read` does."""
     loader = _Loader(text)
     try:
         nodes = [node for node in _documents(loader) if node.tag != "tag:yaml.org,2002:null"]
-        builder = _Builder(str(path), loader)
+        builder = _Builder(file, loader)
         bundle = len(nodes) > 1
         values = [builder.build(node, (i,) if bundle else ()) for i, node in enumerate(nodes)]
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise RecipeError(f"{path}:{line}", f"not valid YAML: {error.problem or error}") from error
+        raise RecipeError(f"{file}:{line}", f"not valid YAML: {error.problem or error}") from error
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise RecipeError(str(path), f"not valid YAML: {error}") from error
+        raise RecipeError(file, f"not valid YAML: {error}") from error
     finally:
         loader.dispose()
     if builder.mistakes:
         raise RecipeError.of(builder.mistakes)
-    return Document(str(path), text, values if bundle else values[0] if values else None, builder.lines, bundle)
+    return Document(file, text, values if bundle else values[0] if values else None, builder.lines, bundle)
 
 
 def _documents(loader: _Loader) -> Iterator[yaml.Node]:

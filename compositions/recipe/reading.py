@@ -92,7 +92,11 @@ class Recipe:
 
 def load(path: str | Path) -> Recipe:
     """Read a recipe. Raises RecipeError with every mistake that its text, and the places it names, show."""
-    document = read(Path(path))
+    return recipe_of(read(Path(path)))
+
+
+def recipe_of(document: Document) -> Recipe:
+    """Read a recipe from its document. Raises RecipeError as `load` does."""
     if is_mergekit(document):
         return _load_mergekit(document)
     if document.bundle:

@@ -36,7 +36,7 @@ def locate(
 
     """
     path, text, repository = Path(reference).expanduser(), str(reference), None
-    if not path.exists() and hub.is_hub_id(text) and not (isinstance(reference, Path) and path.is_absolute()):
+    if not path.exists() and hub.is_on_hub(text, revision) and not (isinstance(reference, Path) and path.is_absolute()):
         repository, _, tag = text.partition("@")
         path = hub.download(repository, revision or tag or None, kinds, also)
         revision = path.name

@@ -28,6 +28,15 @@ def is_hub_id(text: str) -> bool:
     return _ID.fullmatch(text) is not None
 
 
+def is_on_hub(text: str, revision: str | None = None, folder: Path | None = None) -> bool:
+    """Tell whether a text that names nothing in a folder stands for a repository.
+
+    `models/mth` beside a folder `models` is a misspelt path, unless a revision says that a repository is meant.
+    """
+    beside = ((folder or Path()) / text.partition("/")[0]).is_dir()
+    return is_hub_id(text) and (not beside or revision is not None or "@" in text)
+
+
 def download(repository: str, revision: str | None = None, kinds: Kinds = MODEL, also: tuple[str, ...] = ()) -> Path:
     """Give the folder of a repository at a revision, downloaded into huggingface_hub's cache or found there.
 

@@ -133,7 +133,7 @@ def open_sparse(reference: str | Path, *, revision: str | None = None, label: st
     """
     path, text = Path(reference).expanduser(), str(reference)
     label = label or text
-    if not path.exists() and hub.is_hub_id(text) and not (isinstance(reference, Path) and path.is_absolute()):
+    if not path.exists() and hub.is_on_hub(text, revision) and not (isinstance(reference, Path) and path.is_absolute()):
         repository, _, tag = text.partition("@")
         path = hub.download(repository, revision or tag or None, ((WEIGHTS, ""), (PUBLISHED, "")))
     if not path.exists():
