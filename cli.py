@@ -29,6 +29,8 @@ from portmanteau.compositions.one_off import options as one_off_options
 from portmanteau.compositions.one_off.options import Option
 from portmanteau.compositions.one_off.written import one_off, write_beside
 from portmanteau.compositions.recipe import text as recipe_text
+from portmanteau.compositions.reference import json_schema
+from portmanteau.compositions.reference import markdown as reference_markdown
 from portmanteau.merge import describe
 from portmanteau.merge.execute import MEMORY, Limits
 from portmanteau.merge.output import check_file
@@ -59,6 +61,11 @@ def _bytes(text: str) -> int:
 
 _MEMORY_HELP = "Bytes in flight; the result does not depend on it."
 Memory = Annotated[int, typer.Option(parser=_bytes, metavar="SIZE", help=_MEMORY_HELP, show_default="256 MiB")]
+
+
+def _names(incomplete: str) -> list[tuple[str, str]]:
+    """Complete the name of a composition or an operator."""
+    return [(one["name"], one["summary"]) for one in reference_page.overview() if one["name"].startswith(incomplete)]
 
 
 @app.command()
@@ -141,10 +148,21 @@ def convert(recipe: Recipe) -> None:
 
 @app.command()
 def show(
-    name: Annotated[str | None, typer.Argument(help="An operator or a composition.", show_default=False)] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(help="An operator or a composition.", show_default=False, autocompletion=_names),
+    ] = None,
     as_json: Json = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the whole reference, as Markdown.")] = False,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of recipes, for editors.")] = False,
 ) -> None:
     """Show the operators and compositions, or one of them with its settings, formula and source."""
+    if markdown:
+        typer.echo(reference_markdown.page(typer.main.get_command(app)), nl=False)
+        return
+    if schema:
+        _print_json(json_schema.schema())
+        return
     if name is None:
         rows = reference_page.overview()
         if as_json:
@@ -156,7 +174,8 @@ def show(
     if as_json:
         _print_json(entry)
         return
-    typer.echo(f"{entry['name']} ({entry['kind']})\n\n{entry['text']}\n\nsource: {entry['source']}\n")
+    typer.echo(f"{entry['name']} ({entry['kind']})\n\n{entry['text']}\n\nsource: {entry['source']}")
+    typer.echo(f"example: {entry['example']}\n" if entry["example"] else "")
     settings = [(s["name"], s["type"], s["default"], s["description"]) for s in entry["settings"]]
     _table(("setting", "type", "default", "meaning"), settings)
 

@@ -17,7 +17,10 @@ from .composition import composition
 from .matching import different_vocabularies
 
 
-@composition(source="mergekit 0.1.5 `modules`")
+@composition(
+    source="mergekit 0.1.5 `modules`",
+    example='assemble: {parts: {"*mlp*": ./math, "*": ./base}}',
+)
 def assemble(
     *,
     parts: Annotated[

@@ -34,7 +34,8 @@ class Exponential:
 
 
 @composition(
-    source="Schmidt et al. 2023 (arXiv 2305.16834), checkpoint and run averaging; fdschmidt93/free-lunch-xlt at 0d4a647"
+    source="Schmidt et al. 2023 (arXiv 2305.16834), checkpoint and run averaging; fdschmidt93/free-lunch-xlt, 0d4a647",
+    example="average: {models: run/checkpoint-*, skip_first: 0.1}",
 )
 def average(
     *,

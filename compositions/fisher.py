@@ -21,7 +21,10 @@ from .matching import Met, Unmatched, match
 Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-@composition(source="Matena and Raffel 2022 (arXiv 2111.09832), section 3.2")
+@composition(
+    source="Matena and Raffel 2022 (arXiv 2111.09832), section 3.2",
+    example="fisher: {models: [./math, ./swahili], fishers: [./math-fisher, ./swahili-fisher]}",
+)
 def fisher(
     *,
     models: Annotated[Sequence[Checkpoint], Field(description="the models that are merged")],

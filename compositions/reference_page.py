@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic.fields import FieldInfo
 
-from portmanteau.merge import Adapter, Bottleneck, Checkpoint, RecipeError, SparseFineTune
+from portmanteau.merge import Adapter, Bottleneck, Checkpoint, Operator, RecipeError, SparseFineTune
 from portmanteau.merge.errors import nearest
 from portmanteau.merge.operator import Setting, bound
 from portmanteau.merge.registry import operators
@@ -33,7 +33,8 @@ def entry(name: str) -> dict[str, Any]:
     if name in compositions():
         made = compositions()[name]
         settings = [_key(key, annotation, default) for key, (annotation, default) in made.parameters.items()]
-        return {"name": name, "kind": "composition", "text": _text(made), "source": made.source, "settings": settings}
+        about = {"text": _text(made), "source": made.source, "example": made.example}
+        return {"name": name, "kind": "composition", **about, "settings": settings}
     if name not in operators():
         raise RecipeError("", f"no operator or composition {name!r}", nearest(name, [*compositions(), *operators()]))
     operator = operators()[name]
@@ -41,7 +42,17 @@ def entry(name: str) -> dict[str, Any]:
     text = inspect.getdoc(operator.apply) or ""
     base = {"needs_base": operator.needs_base, "takes_base": operator.takes_base}
     takes = {"takes": operator.roles, **base, "models": operator.takes}
-    return {"name": name, "kind": "operator", "text": text, "source": operator.source, "settings": settings, **takes}
+    about = {"text": text, "source": operator.source, "example": _example(operator)}
+    return {"name": name, "kind": "operator", **about, "settings": settings, **takes}
+
+
+def _example(operator: Operator) -> str:
+    """Write the shortest body of an operator; nothing for one that recipes do not name."""
+    if "importances" in operator.roles:
+        return ""
+    models = "[./math]" if operator.takes == 1 else "[./math, ./swahili]"
+    base = "base: ./base, " if operator.needs_base else ""
+    return f"{operator.name}: {{{base}models: {models}}}"
 
 
 def _text(made: Composition) -> str:

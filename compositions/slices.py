@@ -59,7 +59,10 @@ class Slice:
         return Job(tuple(self.models), base, self.operator, self.settings, tuple(self.rules), self.why)
 
 
-@composition(source="layer stacking as in mergekit 0.1.5 (`slices`, `passthrough`); Kim et al. 2023 (arXiv 2312.15166)")
+@composition(
+    source="layer stacking as in mergekit 0.1.5 (`slices`, `passthrough`); Kim et al. 2023 (arXiv 2312.15166)",
+    example="slices: [{model: ./math, layers: [0, 16]}, {model: ./swahili, layers: [8, 24]}]",
+)
 def slices(
     *,
     parts: Annotated[Sequence[Slice], Field(description="the slices, from the bottom of the stack to its top")],

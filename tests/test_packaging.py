@@ -31,7 +31,7 @@ SET_UP = (
 )
 LAYERS = (  # a file imports only from layers above its own
     ("merge.files", "merge.adapters", "merge.sparse", "merge.compiled"),  # packages that only say what they are
-    ("compositions.mergekit", "compositions.recipe"),
+    ("compositions.mergekit", "compositions.recipe", "compositions.one_off", "compositions.reference"),
     ("merge.compiled.build_hook", "merge.compiled.library"),
     ("merge.errors", "merge.form", "merge.names", "merge.kernels", "merge.files.storage", "merge.units"),
     ("merge.dtypes", "merge.operator", "merge.adapters.bottleneck_config"),
@@ -66,8 +66,8 @@ LAYERS = (  # a file imports only from layers above its own
     ("compositions.combine_lora", "compositions.mergekit.merge", "compositions.recipe.operator_body"),
     ("compositions.*",),
     ("compositions.recipe.reading", "compositions.reference_page"),
-    ("compositions.compose", "compositions.one_off"),
-    ("compositions.greedy_soup", "compositions.one_off.options"),
+    ("compositions.compose", "compositions.reference.commands", "compositions.reference.json_schema"),
+    ("compositions.greedy_soup", "compositions.one_off.options", "compositions.reference.markdown"),
     ("compositions.one_off.written",),
     ("compositions",),
     ("cli",),

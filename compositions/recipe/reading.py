@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from portmanteau.merge import PortmanteauError, RecipeError
 from portmanteau.merge.dtypes import parse
@@ -33,10 +33,16 @@ class _Strict(BaseModel):
 class Output(_Strict):
     """What the result is to be like on disk."""
 
-    dtype: str | None = None
-    shard_size: int = 5_000_000_000
-    tokenizer: Reference | None = None
-    chat_template: str | None = None  # `auto`: the commonest of the models'; else a Jinja text
+    dtype: Annotated[
+        str | None, Field(description="the dtype of floats, such as bfloat16; default: what the models promote to")
+    ] = None
+    shard_size: Annotated[int, Field(description="the most bytes in one file, such as 5GB")] = 5_000_000_000
+    tokenizer: Annotated[Reference | None, Field(description="the model whose tokenizer and other files are taken")] = (
+        None
+    )
+    chat_template: Annotated[
+        str | None, Field(description="auto: the commonest of the models' templates; else the template, in Jinja")
+    ] = None
 
     @field_validator("dtype")
     @classmethod
