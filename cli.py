@@ -26,6 +26,7 @@ from portmanteau.compositions import (
     reference_page,
 )
 from portmanteau.compositions.one_off import options as one_off_options
+from portmanteau.compositions.one_off import starter
 from portmanteau.compositions.one_off.options import Option
 from portmanteau.compositions.one_off.written import one_off, write_beside
 from portmanteau.compositions.recipe import text as recipe_text
@@ -33,6 +34,7 @@ from portmanteau.compositions.reference import json_schema
 from portmanteau.compositions.reference import markdown as reference_markdown
 from portmanteau.merge import describe
 from portmanteau.merge.execute import MEMORY, Limits
+from portmanteau.merge.files.upload import Target, check_target, upload
 from portmanteau.merge.output import check_file
 from portmanteau.merge.units import byte_count, readable
 
@@ -63,6 +65,12 @@ _MEMORY_HELP = "Bytes in flight; the result does not depend on it."
 Memory = Annotated[int, typer.Option(parser=_bytes, metavar="SIZE", help=_MEMORY_HELP, show_default="256 MiB")]
 
 
+Push = Annotated[
+    str | None, typer.Option(metavar="ORG/NAME", help="Publish the result on the Hub, privately.", show_default=False)
+]
+Public = Annotated[bool, typer.Option("--public", help="Let everyone see what is published.")]
+
+
 def _names(incomplete: str) -> list[tuple[str, str]]:
     """Complete the name of a composition or an operator."""
     return [(one["name"], one["summary"]) for one in reference_page.overview() if one["name"].startswith(incomplete)]
@@ -76,8 +84,12 @@ def build(
     memory: Memory = MEMORY,
     force: Annotated[bool, typer.Option(help="Replace an earlier result.")] = False,
     as_json: Json = False,
+    push: Push = None,
+    public: Public = False,
 ) -> None:
     """Plan and build: write the model that a recipe asks for."""
+    if push:
+        check_target(Target(push, public), force=force)
     loaded = load(recipe)
     composed = compose(loaded)
     _notes(composed.notes)
@@ -98,6 +110,20 @@ def build(
         _print_json({"out": str(out), **asdict(receipt)})
     else:
         _say(f"{out}: {len(receipt.outputs)} tensors in {receipt.seconds:.1f} s")
+    if push:
+        _say(f"published: {upload(out, Target(push, public))}")
+
+
+@app.command("push")
+def publish(
+    out: Annotated[Path, typer.Argument(help="A folder that `build` made.", show_default=False)],
+    repository: Annotated[str, typer.Argument(help="The repository on the Hub: ORG/NAME.", show_default=False)],
+    public: Public = False,
+    force: Annotated[bool, typer.Option(help="Replace what portmanteau did not build.")] = False,
+) -> None:
+    """Publish a finished result on the Hub, in a private repository unless --public says otherwise."""
+    check_target(Target(repository, public), force=force)
+    _say(f"published: {upload(out, Target(repository, public))}")
 
 
 @app.command()
@@ -161,7 +187,7 @@ def show(
         typer.echo(reference_markdown.page(typer.main.get_command(app)), nl=False)
         return
     if schema:
-        _print_json(json_schema.schema())
+        typer.echo(json_schema.text(), nl=False)
         return
     if name is None:
         rows = reference_page.overview()
@@ -250,6 +276,8 @@ def _doing(name: str) -> Any:
         threads: Threads = None,
         memory: Memory = MEMORY,
         as_json: Json = False,
+        push: Push = None,
+        public: Public = False,
         **given: Any,
     ) -> None:
         made = one_off(name, given, out.with_name(f"{out.name}.yaml"), {"dtype": dtype} if dtype else {})
@@ -257,8 +285,11 @@ def _doing(name: str) -> Any:
         if dry_run:
             typer.echo(made.text, nl=False)
             return
+        if push:
+            check_target(Target(push, public), force=force)
         write_beside(made, out, force=force)
-        build(made.file, out, threads=threads, memory=memory, force=force, as_json=as_json)
+        of_build = {"threads": threads, "memory": memory, "force": force, "as_json": as_json}
+        build(made.file, out, push=push, public=public, **of_build)
 
     declared = signature(do, eval_str=True)
     place, *common = (one for one in declared.parameters.values() if one.kind is not one.VAR_KEYWORD)
@@ -282,6 +313,39 @@ def _parameter(option: Option) -> Parameter:
     default = Parameter.empty if option.required else None
     annotation = annotated[kind if option.required else kind | None, told]
     return Parameter(option.key, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+@app.command()
+def new(
+    recipe: Annotated[Path, typer.Argument(help="The recipe to write.")] = Path("recipe.yaml"),
+    kind: Annotated[
+        str | None,
+        typer.Option(help="What is to be done: a composition or an operator.", autocompletion=_names),
+    ] = None,
+    models: Annotated[list[str] | None, typer.Option("--model", help="A model: folder, file or Hub id.")] = None,
+    base: Annotated[str | None, typer.Option(help="The model that the others were trained from.")] = None,
+    force: Annotated[bool, typer.Option(help="Replace an existing recipe.")] = False,
+) -> None:
+    """Write a first recipe, asking for what is not named, and the schema by which editors help with it."""
+    schema = recipe.with_name(starter.SCHEMA)
+    check_file(recipe, force=force)
+    check_file(schema, force=force or json_schema.is_ours(schema))
+    if kind is None:
+        _say(f"known: {', '.join(starter.names())}")
+        kind = typer.prompt("What is to be done", default="linear", err=True)
+    asked = models or list(iter(_asked_model, ""))
+    if base is None and not models and starter.needs_base(kind):
+        base = typer.prompt("The base that they were trained from", err=True)
+    made = starter.starter(kind, asked, base, recipe)
+    recipe.write_text(made.text, encoding="utf-8")
+    schema.write_text(json_schema.text(), encoding="utf-8")
+    _say(f"{recipe} and {starter.SCHEMA} written; next: portmanteau check {recipe}")
+
+
+def _asked_model() -> str:
+    """Ask for one more model."""
+    named: str = typer.prompt("A model (enter ends)", default="", show_default=False, err=True)
+    return named
 
 
 @app.command()

@@ -24,7 +24,7 @@ from .zones import Asked, ByModule, Count, Modules, Share, Stacks, Transition, Z
 
 @composition(
     source="Bandarkar et al. 2024 (arXiv 2410.01335), section 4.2; revert and module forms: 2505.18356, 2601.22620",
-    example="layer_swap: {task: ./math, language: ./swahili, bottom: 5, top: 2}",
+    example="layer_swap: {task: ./math, language: ./swahili, bottom: 3, top: 1}",
 )
 def layer_swap(
     *,

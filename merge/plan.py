@@ -12,6 +12,7 @@ from .companions import Companions
 from .dtypes import is_float
 from .errors import MergeError, Mistake
 from .node import Finding, Node, Source, Step, Store, Survey, copy_of, sources, surveys
+from .parent_cards import licence_note, read_cards
 from .surveyed import Surveyed
 
 
@@ -98,7 +99,9 @@ def make_plan(checkpoint: Checkpoint, dtype: str | None = None) -> Plan:
     mistakes = [mistake for step in steps for mistake in _refusals(step)]
     if mistakes:
         raise MergeError.of({(mistake.where, mistake.what): mistake for mistake in reversed(mistakes)}.values())
-    return Plan(tuple(steps), getattr(checkpoint, "notes", ()), companions=checkpoint.companions)
+    plan = Plan(tuple(steps), getattr(checkpoint, "notes", ()), companions=checkpoint.companions)
+    note = licence_note(read_cards(plan.checkpoints))
+    return replace(plan, notes=(*plan.notes, *note)) if note else plan
 
 
 def _refusals(node: Node) -> Iterator[Mistake]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -234,3 +235,20 @@ def test_help_imports_neither_torch_nor_transformers(models: Path) -> None:
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [
+        ("portmanteau do layer", {"layer_swap"}),
+        ("portmanteau do ties --den", {"--density"}),
+        ("portmanteau do ties --mod", {"--models", "--model"}),
+        ("portmanteau show geo", {"geometric_median"}),
+        ("portmanteau new --kind slerp", {"slerp"}),
+    ],
+)
+def test_the_shell_completes_names_and_settings(words: str, completed: set[str]) -> None:
+    asked = {"_PORTMANTEAU_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+    command = [sys.executable, "-c", "from portmanteau.cli import app; app(prog_name='portmanteau')"]
+    done = subprocess.run(command, env={**os.environ, **asked}, capture_output=True, text=True, timeout=60, check=True)
+    assert set(done.stdout.split()) == completed

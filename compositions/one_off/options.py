@@ -78,14 +78,16 @@ class Option:
         return _METAVARS.get(self.kind, "VALUE")
 
     @property
-    def help(self) -> str:
-        """What help says of it: meaning, and where that is no reference, type, bounds and default."""
-        if self.kind == "model":
-            return self.description
+    def meaning(self) -> str:
+        """What it means, and where that is no reference, type and bounds."""
         if self.repeats:
             return f"{self.description}; once for each"
-        told = self.type if self.kind != "flag" else ""
-        return "; ".join(filter(None, [self.description, told, self.default and f"default: {self.default}"]))
+        return self.description if self.kind in ("model", "flag") else f"{self.description}; {self.type}"
+
+    @property
+    def help(self) -> str:
+        """What help says of it: meaning and default."""
+        return f"{self.meaning}; default: {self.default}" if self.default else self.meaning
 
 
 def names() -> list[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -56,6 +58,16 @@ def schema() -> Schema:
             **_values(),
         },
     }
+
+
+def text() -> str:
+    """Write the schema as a file."""
+    return json.dumps(schema(), indent=2, ensure_ascii=False) + "\n"
+
+
+def is_ours(path: Path) -> bool:
+    """Tell whether a file is this schema, perhaps of another version."""
+    return path.is_file() and f'"title": "{TITLE}"' in path.read_text(encoding="utf-8", errors="replace")[:1000]
 
 
 def _summary(name: str) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from ..companions import is_companion, read_json
@@ -16,6 +18,7 @@ MODEL = (
 )
 ADAPTER = (("adapter_model.safetensors", ""), ("adapter_model.bin", ""))
 BOTTLENECK = (("adapter.safetensors", ""), ("pytorch_adapter.bin", ""))  # of AdapterHub's library adapters
+CARD = "README.md"
 NOT_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*)\.(bin|pt|pth)")
 
 
@@ -59,7 +62,9 @@ def download(repository: str, revision: str | None = None, kinds: Kinds = MODEL,
         needed = None if names is None else _needed(repository, revision, names, kinds)
         if needed is not None and names is not None:
             needed += [name for name in also if name in names]
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=needed))
+        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=needed))
+        _add_card(folder, repository, names or ())
+        return folder
     except LocalEntryNotFoundError as error:
         hint = "check the network, or download it first on a machine that has one: hf download " + repository
         raise CheckpointError(where, "not in the local cache, and the Hub cannot be reached", hint) from error
@@ -72,6 +77,16 @@ def download(repository: str, revision: str | None = None, kinds: Kinds = MODEL,
     except (HTTPError, HFValidationError, OSError) as error:
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise CheckpointError(where, f"cannot be downloaded ({first})", "try again later") from error
+
+
+def _add_card(folder: Path, repository: str, names: Sequence[str]) -> None:
+    """Download the model card too, which says the licence; a model is whole without it."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HTTPError  # type: ignore[attr-defined]
+
+    if CARD in names and not (folder / CARD).exists():
+        with suppress(EntryNotFoundError, HTTPError, OSError):
+            hf_hub_download(repository, CARD, revision=folder.name)
 
 
 def _listed(repository: str, revision: str | None) -> list[str] | None:
