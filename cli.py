@@ -92,7 +92,7 @@ def build(
         check_target(Target(push, public), force=force)
     loaded = load(recipe)
     composed = compose(loaded)
-    _notes(composed.notes)
+    _notes([*composed.notes, *describe.lacks(composed)])
     with _drawn_progress() as progress:
         receipt = merge.build(
             composed,
@@ -155,15 +155,15 @@ def plan(recipe: Recipe, threads: Threads = None, memory: Memory = MEMORY, as_js
 def check(recipe: Recipe, as_json: Json = False) -> None:
     """Check a recipe: its text, and the headers of all checkpoints that it names."""
     loaded = load(recipe)
-    made = merge.make_plan(compose(loaded), loaded.output.dtype)
+    composed = compose(loaded)
+    made = merge.make_plan(composed, loaded.output.dtype)
+    notes = (*made.notes, *describe.lacks(composed))
     if as_json:
-        _print_json(
-            {"tensors": None if made.pending else len(made.steps), "bytes": made.bytes_written, "notes": made.notes}
-        )
+        _print_json({"tensors": None if made.pending else len(made.steps), "bytes": made.bytes_written, "notes": notes})
     else:
         count = "tensors that a survey will tell" if made.pending else f"{len(made.steps)} tensors"
         typer.echo(f"{recipe}: good; it makes {count}, {_most(made)}")
-        _notes(made.notes)
+        _notes(notes)
 
 
 @app.command()
@@ -288,8 +288,7 @@ def _doing(name: str) -> Any:
         if push:
             check_target(Target(push, public), force=force)
         write_beside(made, out, force=force)
-        of_build = {"threads": threads, "memory": memory, "force": force, "as_json": as_json}
-        build(made.file, out, push=push, public=public, **of_build)
+        build(made.file, out, threads=threads, memory=memory, force=force, as_json=as_json, push=push, public=public)
 
     declared = signature(do, eval_str=True)
     place, *common = (one for one in declared.parameters.values() if one.kind is not one.VAR_KEYWORD)

@@ -67,7 +67,8 @@ class Limits:
         entry = max(4, *map(_entry_bytes, plan.steps), *map(_gathered_bytes, surveyed))
         if entry * GRID > self.memory:
             needed = readable(entry * GRID)
-            raise OutputError("--memory", f"{readable(self.memory)} is too small: this plan needs {needed}")
+            what = f"{readable(self.memory)} is too small: this plan needs {needed}"
+            raise OutputError("--memory", what, "give more; without --memory it is 256 MiB")
         threads = max(1, min(self.threads, self.memory // (entry * GRID), self.memory // max(1, _most_held(plan))))
         share = self.memory // threads
         part = max(GRID, min(LARGEST_PART, share // 2 // entry // GRID * GRID))

@@ -20,7 +20,10 @@ _SLACK = 64 << 20  # room for companions and for what the file system keeps for 
 def check_place(out: Path, *, nbytes: int, force: bool) -> None:
     """Check, before any work, that the result can be written. Raises OutputError where it cannot."""
     if os.path.lexists(out) and not force:  # a broken link is there too
-        raise OutputError(str(out), "exists already", "choose another name, or replace it with --force")
+        is_ours = (
+            "or replace it with --force" if _is_ours(out) else "it was not built by portmanteau: --force leaves it"
+        )
+        raise OutputError(str(out), "exists already", f"choose another name, {is_ours}")
     if os.path.lexists(out) and not _is_ours(out):
         hint = "--force replaces only what portmanteau built, or an empty folder; remove this one yourself if it may go"
         raise OutputError(str(out), "exists, and was not built by portmanteau", hint)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Protocol
 from .checkpoint import Checkpoint
 from .companions import Companions, gather, read_json
 from .dtypes import torch_shape
-from .errors import CheckpointError, Mistake, nearest, some
+from .errors import CheckpointError, Mistake, some
 from .files import hub
+from .files.nearby import nearby
 from .files.safetensors_file import SafetensorsFile
 from .files.torch_file import TorchFile
 from .node import Source
@@ -106,9 +107,7 @@ def open(reference: str | Path, *, revision: str | None = None, label: str | Non
         return StoredCheckpoint(label, [_open_file(path)], gather(path.parent), revision)
     text = str(reference)
     if not hub.is_on_hub(text, revision) or (isinstance(reference, Path) and path.is_absolute()):
-        known = [sibling.name for sibling in path.parent.glob("*")] if path.parent.is_dir() else []
-        hint = nearest(path.name, known) if known else f"there is no folder {path.parent} either"
-        raise CheckpointError(text, "no such file or folder", hint)
+        raise CheckpointError(text, "no such file or folder", nearby(path))
     repository, _, tag = text.partition("@")
     folder = hub.download(repository, revision or tag or None)
     return StoredCheckpoint(label, _open_folder(folder), gather(folder), folder.name, repository)
@@ -141,7 +140,9 @@ def _open_folder(folder: Path) -> list[WeightFile]:
 def _only_file(folder: Path) -> Path:
     """Find the one weight file of a folder that names it in a way of its own."""
     if (folder / "adapter_config.json").is_file():
-        raise CheckpointError(str(folder), "holds an adapter, not a model", "name the model that it was trained on")
+        is_lora = "peft_type" in read_json(folder / "adapter_config.json")
+        hint = f"name its base with it: {{path: BASE, lora: {folder}}}" if is_lora else "average_adapters takes it"
+        raise CheckpointError(str(folder), "holds an adapter, not a model", hint)
     found = sorted(folder.glob("*.safetensors"))
     found = found or sorted(
         p for p in folder.glob("*") if p.suffix in _LEGACY and not hub.NOT_WEIGHTS.fullmatch(p.name)

@@ -34,7 +34,7 @@ LAYERS = (  # a file imports only from layers above its own
     ("compositions.mergekit", "compositions.recipe", "compositions.one_off", "compositions.reference"),
     ("merge.compiled.build_hook", "merge.compiled.library"),
     ("merge.errors", "merge.form", "merge.names", "merge.kernels", "merge.files.storage", "merge.units"),
-    ("merge.files.upload",),
+    ("merge.files.upload", "merge.files.nearby"),
     ("merge.dtypes", "merge.operator", "merge.adapters.bottleneck_config"),
     ("merge.tensor_spec", "merge.sparse.pytorch_diff", "merge.surveys", "merge.changes", "merge.inner_products"),
     ("merge.thinning", "merge.compiled.measures", "merge.describe.tensors"),

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from portmanteau.merge import PortmanteauError, RecipeError, make_plan
-from portmanteau.merge.errors import Mistake, nearest
+from portmanteau.merge.errors import Mistake
+from portmanteau.merge.files.nearby import nearby
 from portmanteau.merge.output import check_file, check_place
 
 from ..compose import compose
@@ -203,9 +204,7 @@ class _Reader:
         place = reference.local(here)
         if place.exists() or (reference.is_on_hub(here) and not path.startswith(".")):
             return
-        siblings = [found.name for found in place.parent.glob("*")] if place.parent.is_dir() else []
-        hint = nearest(place.name, siblings) if siblings else f"there is no folder {place.parent} either"
-        self.mistakes.append(Mistake(option.flag, f"no model, file or folder {path!r}", hint))
+        self.mistakes.append(Mistake(option.flag, f"no model, file or folder {path!r}", nearby(place)))
 
     def _moved(self, value: Any) -> Any:
         """Write a reference as the recipe's folder sees it; of the long form its path and adapters."""

@@ -12,9 +12,16 @@ import yaml
 
 from portmanteau.merge import RecipeError
 from portmanteau.merge.errors import Mistake
+from portmanteau.merge.files.nearby import nearby
 
 KeyPath = tuple[str | int, ...]
 _MOST_NODES = 100_000
+_CURES = {
+    "'\\t'": "YAML allows no tabs here: indent with spaces",
+    "expected <block end>": "keys of one mapping begin in the same column; what belongs to a key is indented further",
+    "mapping values are not allowed": "put text that has a colon in quotes; or the line above is not finished",
+    "expected ',' or ": "a bracket or a comma is missing, in this line or above",
+}
 
 
 class _Loader(yaml.SafeLoader):
@@ -50,9 +57,18 @@ class Document:
 
 def read(path: Path) -> Document:
     """Read a YAML file. Raises RecipeError for what is not YAML, for keys given twice and for tags."""
+    if not path.exists():
+        raise RecipeError(str(path), "no such file", nearby(path))
+    if path.is_dir():
+        raise RecipeError(
+            str(path), "is a folder, not a recipe", "a recipe is a YAML file; `portmanteau new` writes one"
+        )
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        hint = "a recipe is a YAML file; `portmanteau inspect` shows what a weight file holds"
+        raise RecipeError(str(path), "is no text", hint) from error
+    except OSError as error:
         raise RecipeError(str(path), f"cannot be read ({error})") from error
     return parsed(text, str(path))
 
@@ -67,7 +83,9 @@ def parsed(text: str, file: str) -> Document:
         values = [builder.build(node, (i,) if bundle else ()) for i, node in enumerate(nodes)]
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise RecipeError(f"{file}:{line}", f"not valid YAML: {error.problem or error}") from error
+        problem = str(error.problem or error)
+        hint = next((cure for sign, cure in _CURES.items() if sign in problem), "")
+        raise RecipeError(f"{file}:{line}", f"not valid YAML: {problem}", hint) from error
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise RecipeError(file, f"not valid YAML: {error}") from error
     finally:

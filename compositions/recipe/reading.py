@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from portmanteau.merge import PortmanteauError, RecipeError
 from portmanteau.merge.dtypes import parse
 from portmanteau.merge.errors import Mistake, nearest
+from portmanteau.merge.files.nearby import nearby
 from portmanteau.merge.registry import operators
 from portmanteau.merge.units import byte_count
 
@@ -140,12 +141,15 @@ class _Reader:
         value = self._document.value
         for key in value:
             if key not in _KEYS:
-                self._wrong((key,), f"unknown key {key!r}", nearest(key, _KEYS))
+                is_body = key in compositions() or key in operators()
+                hint = f"it belongs below merge: merge: {{{key}: …}}" if is_body else nearest(key, _KEYS)
+                self._wrong((key,), f"unknown key {key!r}", hint)
         models = self._validated(dict[str, Reference], value.get("models") or {}, ("models",)) or {}
         steps = self._steps(value.get("steps") or {})
         merge = self._body(value.get("merge"), ("merge",)) if "merge" in value else None
         if "merge" not in value:
-            self._wrong((), "has no key 'merge'", "merge: says what the result is")
+            hint = "merge: says what the result is, such as merge: {linear: {models: [./one, ./other]}}"
+            self._wrong((), "has no key 'merge'", hint)
         output = self._validated(Output, value.get("output") or {}, ("output",)) or Output()
         bodies = [*steps.values(), *([merge] if merge else [])]
         self._check_references(models, steps, bodies, output)
@@ -163,9 +167,10 @@ class _Reader:
     def _body(self, value: Any, path: KeyPath) -> Body | None:
         """Read `{NAME: {KEY: VALUE, …}}`, NAME a composition or an operator."""
         if not isinstance(value, dict) or len(value) != 1:
-            self._wrong(
-                path, "must name one composition or operator", "for example: layer_swap: {task: …, language: …}"
-            )
+            hint = "for example: layer_swap: {task: …, language: …}"
+            if isinstance(value, dict) and next(iter(value.values()), "") is None:
+                hint = f"indent what belongs to {next(iter(value))} further than {next(iter(value))} itself"
+            self._wrong(path, "must name one composition or operator", hint)
             return None
         ((name, arguments),) = value.items()
         here = (*path, name)
@@ -243,9 +248,9 @@ class _Reader:
         place = reference.local(folder)
         if place.exists() or (reference.is_on_hub(folder) and not reference.path.startswith(".")):
             return
-        siblings = [found.name for found in place.parent.glob("*")] if place.parent.is_dir() else []
         what = f"no {'file or folder' if path[0] == 'models' else 'model, file or folder'} {reference.path!r}"
-        self._wrong(path, what, nearest(place.name if "/" in reference.path else reference.path, names or siblings))
+        is_name = bool(names) and "/" not in reference.path
+        self._wrong(path, what, nearest(reference.path, names) if is_name else nearby(place))
 
     def _all_wrong(self, findings: Iterable[Finding]) -> None:
         for location, what, hint in findings:

@@ -39,6 +39,13 @@ def plan(made: Plan, bytes_in_flight: int) -> dict[str, Any]:
     }
 
 
+def lacks(result: Checkpoint) -> list[str]:
+    """Say what keeps transformers from loading a result that is a model."""
+    if not result.companions.form.is_model or result.companions.config is not None:
+        return []
+    return ["the result has no config.json, since the models have none: transformers will not load it"]
+
+
 def _short(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
