@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from . import notebook
 from .checkpoint import Checkpoint
 from .companions import Companions
 from .dtypes import is_float
@@ -14,6 +15,7 @@ from .errors import MergeError, Mistake
 from .node import Finding, Node, Source, Step, Store, Survey, copy_of, sources, surveys
 from .parent_cards import licence_note, read_cards
 from .surveyed import Surveyed
+from .units import readable
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Pending:
     settle: Callable[[Any], Plan]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """A whole merge: a step for every output tensor in output order, what the user should know, what stands beside."""
 
@@ -40,6 +42,22 @@ class Plan:
     notes: tuple[str, ...] = ()
     pending: Pending | None = None
     companions: Companions = field(default_factory=Companions)
+
+    def __repr__(self) -> str:
+        """How much it makes, and of what."""
+        most = "at most " if self.pending else ""
+        read, written = readable(self.bytes_read), readable(self.bytes_written)
+        return f"<Plan: {len(self.steps)} tensors, reads {read}, writes {most}{written}>"
+
+    def _repr_html_(self) -> str:
+        """A table of what is done, for notebooks."""
+        groups: dict[tuple[str, str], list[int]] = {}
+        for step in self.steps:
+            groups.setdefault((step.operator.name, ", ".join(step.labels)), []).append(step.output.nbytes)
+        rows = [(name, of, len(sizes), readable(sum(sizes))) for (name, of), sizes in groups.items()]
+        told = [(f"survey first: {one.title}", "", "", readable(one.nbytes)) for one in self.surveys]
+        notes = [(f"note: {note}", "", "", "") for note in self.notes]
+        return notebook.table(repr(self)[1:-1], ("operator", "of", "tensors", "bytes"), [*told, *rows, *notes])
 
     def settled(self, found: Mapping[Survey, Any]) -> Plan:
         """Give the plan with all its steps, once the surveys are carried out."""

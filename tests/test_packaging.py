@@ -33,7 +33,17 @@ LAYERS = (  # a file imports only from layers above its own
     ("merge.files", "merge.adapters", "merge.sparse", "merge.compiled"),  # packages that only say what they are
     ("compositions.mergekit", "compositions.recipe", "compositions.one_off", "compositions.reference"),
     ("merge.compiled.build_hook", "merge.compiled.library"),
-    ("merge.errors", "merge.form", "merge.names", "merge.kernels", "merge.files.storage", "merge.units"),
+    ("merge.progress",),
+    ("merge.notebook",),
+    (
+        "merge.errors",
+        "merge.form",
+        "merge.notebook",
+        "merge.names",
+        "merge.kernels",
+        "merge.files.storage",
+        "merge.units",
+    ),
     ("merge.files.upload", "merge.files.nearby"),
     ("merge.dtypes", "merge.operator", "merge.adapters.bottleneck_config"),
     ("merge.tensor_spec", "merge.sparse.pytorch_diff", "merge.surveys", "merge.changes", "merge.inner_products"),
@@ -412,6 +422,35 @@ def tensors_in(folder: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     return load_file(folder / "model.safetensors")
+
+
+USER = """\
+from portmanteau import compositions, merge
+
+math, swahili = merge.open("models/math"), merge.open("models/swahili")
+merged = compositions.layer_swap(task=math, language=swahili, bottom=5, top=2)
+total: int = merged["model.norm.weight"].numel() + merged.nbytes
+plan: merge.Plan = merge.make_plan(merged, "BF16")
+receipt: merge.Receipt = merge.build(merged, "out", dtype="bfloat16")
+digests: dict[str, str] = dict(receipt.outputs)
+wrong: int = merge.build(merged, "out")
+"""
+
+
+@pytest.mark.wheel
+def test_a_users_script_is_checked_against_the_types_of_the_wheel(
+    built: Path, environment: Path, tmp_path: Path
+) -> None:
+    install(environment, *built.glob("*.whl"))
+    (tmp_path / "user.py").write_text(USER, encoding="utf-8")
+    settings = ["--strict", "--cache-dir", str(tmp_path / "mypy"), "--python-executable", str(environment / "python")]
+    command = [sys.executable, "-m", "mypy", *settings, "user.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    errors = [line for line in done.stdout.splitlines() if ": error: " in line]
+    assert errors == [
+        'user.py:9: error: Incompatible types in assignment (expression has type "Receipt", variable has type "int")'
+        "  [assignment]"
+    ], done.stdout + done.stderr
 
 
 @pytest.mark.wheel
