@@ -36,10 +36,9 @@ def test_a_checkpoint_is_a_table_of_its_stacks() -> None:
 
 
 def test_a_plan_and_a_receipt_are_short_and_tables(tmp_path: Path) -> None:
-    mean = compositions.layer_swap(
-        task=model("math", 1.0), language=model("swahili", 2.0), bottom=1, top=1, transition=0
-    )
-    plan = merge.make_plan(mean)
+    experts = {"task": model("math", 1.0), "language": model("swahili", 2.0)}
+    swapped = compositions.layer_swap(**experts, bottom=1, top=1, transition=0)
+    plan = merge.make_plan(swapped)
     assert repr(plan) == "<Plan: 5 tensors, reads 72 B, writes 72 B>"
     rows = [["copy", "language", "3", "40 B"], ["copy", "task", "2", "32 B"]]
     assert cells(plan._repr_html_()) == rows
