@@ -28,7 +28,7 @@ from portmanteau.compositions import (
 from portmanteau.compositions.one_off import options as one_off_options
 from portmanteau.compositions.one_off import starter
 from portmanteau.compositions.one_off.options import Option
-from portmanteau.compositions.one_off.written import one_off, write_beside
+from portmanteau.compositions.one_off.written import one_off, recipe_beside, write_beside
 from portmanteau.compositions.recipe import text as recipe_text
 from portmanteau.compositions.reference import json_schema
 from portmanteau.compositions.reference import markdown as reference_markdown
@@ -280,7 +280,7 @@ def _doing(name: str) -> Any:
         public: Public = False,
         **given: Any,
     ) -> None:
-        made = one_off(name, given, out.with_name(f"{out.name}.yaml"), {"dtype": dtype} if dtype else {})
+        made = one_off(name, given, recipe_beside(out), {"dtype": dtype} if dtype else {})
         made.check()
         if dry_run:
             typer.echo(made.text, nl=False)

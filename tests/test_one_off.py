@@ -159,7 +159,13 @@ def test_what_stands_there_is_left_alone_unless_forced(models: Path, run: Run) -
     assert not (models / "out").exists()
     assert (models / "out.yaml").read_text() == "mine"
     assert run(*words, "--force")[0] == 0
-    assert run(*words)[2].startswith("out: exists already\n")
+    assert "\nout: exists already\n" in run(*words)[2]
+
+
+@pytest.mark.parametrize("out", [".", "..", "/"])
+def test_a_result_has_a_name(out: str, models: Path, run: Run) -> None:
+    status, _, errors = run("copy", "--model", "models/math", out)
+    assert (status, errors.splitlines()[0]) == (1, f"{out}: names no folder to make")
 
 
 def test_the_same_command_again_goes_on_with_the_recipe_that_it_wrote(models: Path, run: Run) -> None:
@@ -176,6 +182,7 @@ def test_mistakes_name_their_options_all_at_once(models: Path, run: Run) -> None
         "--task: no model, file or folder 'models/mth'",
         "  hint: did you mean 'math'?",
         "--modules: not valid YAML: expected ',' or '}', but got '<stream end>'",
+        "  hint: a bracket or a comma is missing, in this line or above",
         "--bottom: bottom is 'x': input should be a valid integer, unable to parse string as an integer",
         "--blend: blend is 3: input should be less than or equal to 1",
     ]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from portmanteau.merge import PortmanteauError, RecipeError, make_plan
+from portmanteau.merge import OutputError, PortmanteauError, RecipeError, make_plan
 from portmanteau.merge.errors import Mistake
 from portmanteau.merge.files.nearby import nearby
 from portmanteau.merge.output import check_file, check_place
@@ -98,17 +98,22 @@ def _written(
 def write_beside(made: OneOff, out: Path, *, force: bool) -> None:
     """Write a recipe where it is to stand, unless its result cannot be written. Raises OutputError.
 
-    The recipe that stands there already may be the same, as after a build that was cut short.
+    Where the same recipe stands already, as after a build that was cut short, there is nothing to do.
     """
+    if made.file.is_file() and made.file.read_bytes() == made.text.encode():
+        return
     check_place(out, nbytes=0, force=force)
-    if made.file.absolute().parent.is_dir() and not _is_there(made):
+    if made.file.absolute().parent.is_dir():
         check_file(made.file, force=force)
     made.file.absolute().parent.mkdir(parents=True, exist_ok=True)
     made.file.write_text(made.text, encoding="utf-8")
 
 
-def _is_there(made: OneOff) -> bool:
-    return made.file.is_file() and made.file.read_bytes() == made.text.encode()
+def recipe_beside(out: Path) -> Path:
+    """Give the place of the recipe of a result: OUT.yaml. Raises OutputError for what names no folder."""
+    if not out.name or out.name == "..":
+        raise OutputError(str(out), "names no folder to make", "give the result a name, such as ./merged")
+    return out.with_name(f"{out.name}.yaml")
 
 
 def _is_given(given: Mapping[str, Any], option: Option) -> bool:
