@@ -37,6 +37,14 @@ def assemble(
     a in `vision` and all others of b. Steps may stand for models, so that each part is merged in its own way. The
     config is the donor's, so other parts must not change what it says of them.
 
+    >>> import torch
+    >>> from portmanteau.merge import InMemory
+    >>> named = {"m": torch.tensor([2]), "b": torch.tensor([1])}
+    >>> math, base = (InMemory(label, {"mlp": value, "norm": value}) for label, value in named.items())
+    >>> made = assemble(parts={"mlp*": math, "*": base})
+    >>> made["mlp"], made["norm"]
+    (tensor([2]), tensor([1]))
+
     Raises MergeError where a tensor fits no pattern, where a pattern fits none, and where vocabularies differ.
     """
     mistakes, nodes = [], {}

@@ -73,6 +73,12 @@ def average(
     `first_runs` with `shuffle_runs` is one point of an accumulative average (Schmidt et al. 2023b, arXiv 2310.10532):
     a seed has one order of the runs, and a larger number takes more of the same order. See `accumulative_averages`.
 
+    >>> import torch
+    >>> from portmanteau.merge import InMemory
+    >>> first, last = (InMemory(name, {"weight": torch.tensor([x])}) for name, x in (("first", 2.0), ("last", 4.0)))
+    >>> average(models=[first, last], weights=[1, 3])["weight"]
+    tensor([3.5000])
+
     Raises MergeError for snapshots that do not fit, weights of another number, or nothing left to average.
     """
     every = _runs(models)

@@ -45,6 +45,15 @@ def fisher(
     equal in all models. A float tensor of which no model has a Fisher is averaged with the weights alone; one of which
     only some have is refused.
 
+    >>> import torch
+    >>> from portmanteau.merge import InMemory
+    >>> math, swahili, of_math, of_swahili = (
+    ...     InMemory(name, {"weight": torch.tensor([value])})
+    ...     for name, value in (("m", 2.0), ("s", 4.0), ("fm", 3.0), ("fs", 1.0))
+    ... )
+    >>> fisher(models=[math, swahili], fishers=[of_math, of_swahili])["weight"]  # (3 · 2 + 1 · 4) / 4
+    tensor([2.5000])
+
     Raises MergeError, with every mistake found, for other counts, names and shapes.
     """
     if mistakes := list(_counts(len(models), len(fishers), weights)):

@@ -66,6 +66,14 @@ def layer_swap(
     `by: module`, attention and mlp of each layer are compared apart, by √Σ (‖Δ‖/‖base‖)² over their matrices; the norms
     beside them are the language expert's.
 
+    >>> import torch
+    >>> from portmanteau.merge import InMemory
+    >>> names = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(5)]
+    >>> math, swahili = (InMemory(x, {name: torch.tensor([y]) for name in names}) for x, y in (("m", 2.0), ("s", 4.0)))
+    >>> swapped = layer_swap(task=math, language=swahili, bottom=1, top=1)
+    >>> [swapped[name].item() for name in names]
+    [4.0, 3.0, 2.0, 3.0, 4.0]
+
     Raises MergeError for models that do not fit, shared layers, or more layers asked for than there are.
     """
     asked = Asked(Zone(bottom, top, transition, blend), modules or {}, stacks or {})

@@ -88,6 +88,14 @@ def slices(
     their first value), or all taken from `outside`. The config is made true: the number of layers, and every list that
     has an entry for each layer.
 
+    >>> import torch
+    >>> from portmanteau.merge import InMemory
+    >>> names = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(2)]
+    >>> a, b = (InMemory(x, {name: torch.tensor([y]) for name in names}) for x, y in (("a", 2), ("b", 4)))
+    >>> stacked = slices(parts=[Slice({"a": a}, (0, 2)), Slice({"b": b}, (1, 2))])
+    >>> {name: stacked[name].item() for name in stacked if ".2." in name or ".0." in name}
+    {'model.layers.0.mlp.up_proj.weight': 2, 'model.layers.2.mlp.up_proj.weight': 4}
+
     Raises MergeError for models that do not fit, ranges beyond their layers, and a config that cannot be made true.
     """
     pieces = _pieces(parts, stack)

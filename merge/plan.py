@@ -97,6 +97,11 @@ class Plan:
 def make_plan(checkpoint: Checkpoint, dtype: str | None = None) -> Plan:
     """Plan the writing of a checkpoint, its floats in another dtype if one is given (`BF16`).
 
+    >>> import torch
+    >>> from portmanteau.merge import InMemory
+    >>> make_plan(InMemory("ones", {"weight": torch.ones(2, 3)}), "BF16")
+    <Plan: 1 tensors, reads 24 B, writes 12 B>
+
     Raises MergeError for settings that an operator refuses, all of them at once.
     """
     if isinstance(checkpoint, Surveyed):

@@ -357,3 +357,21 @@ def test_licences_that_differ_are_noted_and_none_is_stated(other: str | None, sh
     assert made["notes"] == (note,)
     assert "license" not in made["front"]
     assert note in (recipe.parent / "out" / "README.md").read_text()
+
+
+def test_parents_on_the_hub_are_named_as_the_merge_widgets_read_them(recipe: Path) -> None:
+    opened = [merge.open(recipe.parent / name) for name in ("math", "swahili")]
+    parents = [
+        merge.StoredCheckpoint(f"org/{one.folder.name}", one.files, one.companions, "c0ffee", f"org/{one.folder.name}")
+        for one in opened
+    ]
+    merge.build(compositions.average(models=parents), recipe.parent / "out", recipe="merge: {average: …}")
+    assert front(recipe.parent / "out") == {
+        "base_model": ["org/math", "org/swahili"],
+        "base_model_relation": "merge",
+        "library_name": "transformers",
+        "tags": ["merge", "portmanteau"],
+    }
+    text = (recipe.parent / "out" / "README.md").read_text()
+    assert "| linear | org/math, org/swahili | 1 |" in text
+    assert "````yaml\nmerge: {average: …}\n````" in text
