@@ -92,7 +92,7 @@ def build(
         check_target(Target(push, public), force=force)
     loaded = load(recipe)
     composed = compose(loaded)
-    _notes([*composed.notes, *describe.lacks(composed)])
+    _notes([*composed.notes, *describe.lacks(composed.companions)])
     with _drawn_progress() as progress:
         receipt = merge.build(
             composed,
@@ -148,16 +148,15 @@ def plan(recipe: Recipe, threads: Threads = None, memory: Memory = MEMORY, as_js
         f"reads {readable(summary['bytes_read'])}, writes {_most(made)}, "
         f"in flight at most {readable(summary['bytes_in_flight'])}"
     )
-    _notes(made.notes)
+    _notes([*made.notes, *describe.lacks(made.companions)])
 
 
 @app.command()
 def check(recipe: Recipe, as_json: Json = False) -> None:
     """Check a recipe: its text, and the headers of all checkpoints that it names."""
     loaded = load(recipe)
-    composed = compose(loaded)
-    made = merge.make_plan(composed, loaded.output.dtype)
-    notes = (*made.notes, *describe.lacks(composed))
+    made = merge.make_plan(compose(loaded), loaded.output.dtype)
+    notes = (*made.notes, *describe.lacks(made.companions))
     if as_json:
         _print_json({"tensors": None if made.pending else len(made.steps), "bytes": made.bytes_written, "notes": notes})
     else:

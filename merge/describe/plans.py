@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..checkpoint import Checkpoint
+from ..companions import Companions
 from ..names import Stack
 from ..plan import Plan
 from ..receipt import choices
@@ -39,9 +40,9 @@ def plan(made: Plan, bytes_in_flight: int) -> dict[str, Any]:
     }
 
 
-def lacks(result: Checkpoint) -> list[str]:
-    """Say what keeps transformers from loading a result that is a model."""
-    if not result.companions.form.is_model or result.companions.config is not None:
+def lacks(beside: Companions) -> list[str]:
+    """Say what keeps transformers from loading a result with these companions, if it is a model."""
+    if not beside.form.is_model or beside.config is not None:
         return []
     return ["the result has no config.json, since the models have none: transformers will not load it"]
 
