@@ -46,8 +46,8 @@ class Plan:
     def __repr__(self) -> str:
         """How much it makes, and of what."""
         most = "at most " if self.pending else ""
-        read, written = readable(self.bytes_read), readable(self.bytes_written)
-        return f"<Plan: {len(self.steps)} tensors, reads {read}, writes {most}{written}>"
+        count = "tensors that a survey will tell" if self.pending else f"{len(self.steps)} tensors"
+        return f"<Plan: {count}, reads {readable(self.bytes_read)}, writes {most}{readable(self.bytes_written)}>"
 
     def _repr_html_(self) -> str:
         """A table of what is done, for notebooks."""

@@ -47,6 +47,16 @@ def test_a_plan_and_a_receipt_are_short_and_tables(tmp_path: Path) -> None:
     assert cells(receipt._repr_html_()) == rows
 
 
+def test_showing_what_a_survey_must_settle_reads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    sparse = compositions.extract_sparse(base=model("base", 1.0), tuned=model("math", 2.0), density=0.5)
+    monkeypatch.setattr("portmanteau.merge.surveyed.conduct", lambda *_: pytest.fail("a survey was made"))
+    assert cells(sparse._repr_html_()) == [["the 9 largest of 18 changes", "144 B"]]
+    assert sparse._ipython_key_completions_() == []
+    assert repr(merge.make_plan(sparse)).startswith(
+        "<Plan: tensors that a survey will tell, reads 144 B, writes at most"
+    )
+
+
 def test_what_is_shown_is_escaped() -> None:
     html = model("<script>alert(1)</script>", 1.0)._repr_html_()
     assert "<script>" not in html
