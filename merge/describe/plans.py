@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from ..checkpoint import Checkpoint
 from ..names import Stack
+from ..origins import strips
 from ..plan import Plan
 from ..receipt import choices
 from ..stored import open
@@ -30,6 +32,7 @@ def plan(made: Plan, bytes_in_flight: int) -> dict[str, Any]:
     ]
     return {
         "steps": steps,
+        "layers": [asdict(strip) for strip in strips(made.steps)],
         "surveys": [{"title": survey.title, "bytes": survey.nbytes} for survey in made.surveys],
         "notes": made.notes,
         "tensors": None if made.pending else len(made.steps),
