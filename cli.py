@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -29,11 +30,13 @@ from portmanteau.merge import describe
 from portmanteau.merge.execute import MEMORY, Limits
 from portmanteau.merge.origins import strips
 from portmanteau.merge.output import check_file
+from portmanteau.merge.shown import printable_lines
 from portmanteau.merge.units import byte_count, readable
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
     from rich.progress import TaskID
+    from rich.text import Text
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -114,7 +117,7 @@ def plan(
     if _drawn(picture):
         from portmanteau.compositions.reports import terminal
 
-        terminal.print_strips(strips(made.steps))
+        _draw(partial(terminal.strip_lines, strips(made.steps)))
     for survey in summary["surveys"]:
         typer.echo(f"survey first: {survey['title']}, reads {readable(survey['bytes'])} each time")
     typer.echo(
@@ -181,8 +184,12 @@ def inspect(
     typer.echo(f"{checkpoint}: {found['tensors']} tensors, {found['entries']:,} entries, {readable(found['bytes'])}")
     for about in found.get("about", ()):
         typer.echo("; ".join(f"{key.replace('_', ' ')}: {value}" for key, value in about.items()))
+    for line in tables.beside(found):
+        _print(line)
     groups = [(r["where"], r["layers"], str(r["tensors"]), readable(r["bytes"]), r["dtypes"]) for r in found["groups"]]
     _table(("where", "layers", "tensors", "bytes", "dtypes"), groups)
+    if found.get("modules"):
+        _table(*tables.modules(found["modules"]))
     if tensors:
         listed = [(r["name"], r["dtype"], str(r["shape"]), readable(r["bytes"])) for r in found["list"]]
         _table(("tensor", "dtype", "shape", "bytes"), listed)
@@ -211,11 +218,11 @@ def report(
     if _drawn(picture):
         from portmanteau.compositions.reports import terminal
 
-        terminal.print_strips(found.layers)
+        _draw(partial(terminal.strip_lines, found.layers))
     for titles, rows in (found.steps(), found.files()):
         _table(titles, rows)
     for one in changed:
-        typer.echo(f"change from {one.base}")
+        _print(f"change from {one.base}")
         for titles, rows in tables.printed(one):
             _table(titles, rows)
     _notes([*found.notes, *notes])
@@ -295,7 +302,7 @@ def diff(
     if _drawn(picture):
         from portmanteau.compositions.reports import terminal
 
-        terminal.print_maps(maps.of_comparison(found, brief=True))
+        _draw(partial(terminal.map_lines, maps.of_comparison(found, brief=True)))
     _notes(found.notes)
 
 
@@ -332,6 +339,15 @@ def _most(made: merge.Plan) -> str:
     return ("at most " if made.pending else "") + readable(made.bytes_written)
 
 
+def _draw(lines: Callable[[int], Iterable[Text]]) -> None:
+    """Draw a picture as wide as the terminal."""
+    from rich.console import Console
+
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
+    for line in lines(console.width):
+        console.print(line, soft_wrap=True)
+
+
 def _drawn(picture: bool | None) -> bool:
     """Tell whether pictures are asked for; where nothing is said, on a terminal."""
     return sys.stdout.isatty() if picture is None else picture
@@ -339,6 +355,10 @@ def _drawn(picture: bool | None) -> bool:
 
 def _say(text: str) -> None:
     typer.echo(text, err=True)
+
+
+def _print(text: str) -> None:
+    typer.echo(printable_lines(text))
 
 
 def _notes(notes: Sequence[str]) -> None:

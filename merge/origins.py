@@ -96,17 +96,28 @@ def models_of(rows: Iterable[Strip]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(model for strip in rows for cell in strip.cells for model in cell.models))
 
 
+def outside_part(name: str) -> str:
+    """Tell what a tensor outside the layers is.
+
+    >>> outside_part("model.embed_tokens.weight"), outside_part("model.norm.weight"), outside_part("lm_head.weight")
+    ('embeddings', 'norm', 'head')
+    """
+    if matches(INPUT_EMBEDDINGS, name) or (_EMBEDDINGS.search(name) and not _HEAD.search(name)):
+        return EMBEDDINGS
+    return HEAD if _HEAD.search(name) else NORM if module(name) == "norm" else OTHER
+
+
 def _outside(name: str, stacks: tuple[Stack, ...]) -> tuple[str, str]:
     """Tell which strip a tensor outside the layers belongs to, and what it is there."""
-    if matches(INPUT_EMBEDDINGS, name) or (_EMBEDDINGS.search(name) and not _HEAD.search(name)):
-        what = EMBEDDINGS
-    else:
-        what = HEAD if _HEAD.search(name) else NORM if module(name) == "norm" else OTHER
+    what = outside_part(name)
     if not stacks:
         return "", what
     shared = [_shared(name, stack.prefix) for stack in stacks]
-    nearest = shared.index(max(shared)) if max(shared) else 0 if what == EMBEDDINGS else len(stacks) - 1
-    return stacks[nearest].prefix, what
+    if max(shared):
+        return stacks[shared.index(max(shared))].prefix, what
+    side, end = ("encoder", 0) if what == EMBEDDINGS else ("decoder", -1)
+    named = [stack for stack in stacks if side in stack.prefix]
+    return (named or stacks)[end].prefix, what
 
 
 def _shared(name: str, prefix: str) -> int:

@@ -33,7 +33,7 @@ LAYERS = (  # a file imports only from layers above its own
     ("merge.files", "merge.adapters", "merge.sparse", "merge.compiled"),  # packages that only say what they are
     ("compositions.mergekit", "compositions.recipe", "compositions.reports"),
     ("merge.compiled.build_hook", "merge.compiled.library"),
-    ("merge.errors", "merge.form", "merge.names", "merge.kernels", "merge.files.storage", "merge.units"),
+    ("merge.shown", "merge.errors", "merge.form", "merge.names", "merge.kernels", "merge.files.storage", "merge.units"),
     ("merge.dtypes", "merge.operator", "merge.adapters.bottleneck_config"),
     ("merge.tensor_spec", "merge.sparse.pytorch_diff", "merge.spectra", "merge.changes", "merge.inner_products"),
     ("merge.surveys", "merge.task_vectors", "merge.delta_ranks"),
@@ -52,6 +52,7 @@ LAYERS = (  # a file imports only from layers above its own
     ("merge.plan",),
     ("merge.adapters.low_rank", "merge.adapters.decomposition"),
     ("merge.receipt", "merge.describe.bottleneck", "merge.describe.sparse"),
+    ("merge.describe.checkpoints",),
     ("merge.describe.plans", "merge.model_card", "merge.output"),
     ("merge.describe",),
     ("merge.execute",),

@@ -86,7 +86,13 @@ def of_changes(found: Changes) -> Iterator[HeatMap]:
     ranks = {_key(row): row.rank.share for row in found.modules if row.rank and row.layer is not None}
     if ranks and len({key[2] for key in ranks}) <= _MANY:
         title = f"rank of the change of {found.expert}"
-        yield from _maps(title, "rank that keeps 90 % of the energy, of full rank", ranks, "linear", (0.0, 1.0))
+        yield from _maps(
+            title,
+            "rank that keeps 90 % of the energy, of full rank",
+            ranks,
+            "linear",
+            (0.0, max(ranks.values()) or 1.0),
+        )
 
 
 def _relative(found: Changes) -> Iterator[HeatMap]:
@@ -107,7 +113,9 @@ def of_meetings(found: Meetings) -> Iterator[HeatMap]:
     who = f"{found.one} and {found.other}"
     conflicts = {key: one.sign_conflicts for key, one in meetings.items()}
     what = "share of the entries changed by both whose signs differ (50 % by chance)"
-    yield from _maps(f"sign conflicts of {who}", what, _there(conflicts), "diverging", (1.0, 0.0), tuple(meetings))
+    shares = _there(conflicts)
+    off = max([0.05, *(abs(share - 0.5) for share in shares.values())])
+    yield from _maps(f"sign conflicts of {who}", what, shares, "diverging", (0.5 + off, 0.5 - off), tuple(meetings))
     overlap = _there({key: one.top_overlap for key, one in meetings.items()})
     chance = found.whole.top_by_chance or 0.0
     what = f"share of the most changed 1 % that both have in common ({100 * chance:.2g} % by chance)"
@@ -119,7 +127,8 @@ def _cosines(found: Meetings) -> Iterator[HeatMap]:
     groups = _grouped(found.tensors)
     values = _there({key: met(row.meeting for row in rows).cosine for key, rows in groups.items()})
     title = f"cosine of {found.one} and {found.other}"
-    for made in _maps(title, "cosine between the task vectors", values, "diverging", (-1.0, 1.0), tuple(groups)):
+    most = max([0.1, *map(abs, values.values())])
+    for made in _maps(title, "cosine between the task vectors", values, "diverging", (-most, most), tuple(groups)):
         yield replace(made, decimals=True)
 
 

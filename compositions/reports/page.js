@@ -1,7 +1,7 @@
 // A cell that is focused or pointed at is said below its picture; arrow keys go from cell to cell.
 for (const figure of document.querySelectorAll("figure")) {
   const says = figure.querySelector("output");
-  const show = (cell) => { if (cell) says.textContent = cell.getAttribute("aria-label"); };
+  const show = (cell) => { if (cell) says.textContent = cell.querySelector("title").textContent; };
   figure.addEventListener("pointerover", (event) => show(event.target.closest(".cell")));
   figure.addEventListener("focusin", (event) => show(event.target.closest(".cell")));
   figure.addEventListener("keydown", (event) => {

@@ -19,6 +19,7 @@ from .maps import HeatMap
 from .rows import Changes, Comparison, Meetings
 from .svg import text
 
+_TABLE = "The same as a table"
 _HERE = Path(__file__).parent
 _WORDS = frozenset(
     {"where", "tensor", "models", "settings", "because of", "operator", "file", "pair", "expert", "layer"}
@@ -55,7 +56,7 @@ def of_build(built: Built, changes: Sequence[Comparison] = (), notes: Sequence[s
     )
     body.append(_notes((*built.notes, *notes)))
     made = f"{len(built.outputs)} tensors in {built.seconds:.1f} s, by {_versions(built)}. "
-    return _page(built.name, made + _made_by(), body)
+    return _page(f"{built.name}: what the build did", made + _made_by(), body)
 
 
 def _wholes(found: Comparison) -> Iterator[tuple[Sequence[str], Sequence[Sequence[str]]]]:
@@ -66,15 +67,20 @@ def _wholes(found: Comparison) -> Iterator[tuple[Sequence[str], Sequence[Sequenc
 
 
 def _expert(found: Changes) -> Iterator[str]:
-    yield from map(_figure, maps.of_changes(found))
+    yield _pictures(maps.of_changes(found))
     rows = [(row.where, *tables.cells(row.change)) for row in found.layers]
     yield _details("Every measure, layer by layer", _table(("layer", *tables.MEASURES.values()), rows))
 
 
 def _pair(found: Meetings) -> Iterator[str]:
-    yield from map(_figure, maps.of_meetings(found))
+    yield _pictures(maps.of_meetings(found))
     rows = [(row.where, *tables.pair_cells(row.meeting)) for row in found.layers]
     yield _details("Every measure, layer by layer", _table(("layer", *tables.OF_PAIRS.values()), rows))
+
+
+def _pictures(found: Iterable[HeatMap]) -> str:
+    """Put heat maps side by side, where there is room."""
+    return f'<div class="pictures">{"".join(map(_figure, found))}</div>'
 
 
 def _figure(one: HeatMap) -> str:
@@ -82,12 +88,9 @@ def _figure(one: HeatMap) -> str:
     rows = [
         (str(layer), *(one.shown(values[column]) for values in one.values)) for column, layer in enumerate(one.layers)
     ]
-    return (
-        f"<h3>{text(one.title)}</h3><figure><figcaption>{text(one.measure)}, layers of {text(one.stack)}</figcaption>"
-        f'<div class="scroll">{svg.heat_map(one)}</div>{svg.scale(one)}'
-        f"<output>Point at a cell, or go through them with Tab and the arrow keys.</output></figure>"
-        + _details("The same as a table", _table(("layer", *one.modules), rows))
-    )
+    caption = f"<figcaption>{text(one.measure)}<br>layers of {text(one.stack)}</figcaption>"
+    picture = f'<div class="scroll">{svg.heat_map(one)}</div>{svg.scale(one)}<output>&nbsp;</output>'
+    return f"<figure>{caption}{picture}{_details(_TABLE, _table(('layer', *one.modules), rows))}</figure>"
 
 
 def _strips(strips: Sequence[Strip]) -> Iterator[str]:
@@ -106,7 +109,7 @@ def _strips(strips: Sequence[Strip]) -> Iterator[str]:
         for cell in strip.cells
         for one in cell.origins
     ]
-    yield _details("The same as a table", _table(("where", "models", "operator", "tensors", "bytes"), rows))
+    yield _details(_TABLE, _table(("where", "models", "operator", "tensors", "bytes"), rows))
 
 
 def _where(strip: Strip, cell: Cell) -> str:
@@ -124,7 +127,8 @@ def _versions(built: Built) -> str:
 
 
 def _made_by() -> str:
-    return f"Page by portmanteau {version('portmanteau')}."
+    how = "Point at a cell of a picture for its value, or go from cell to cell with Tab and the arrow keys."
+    return f"{how} Page by portmanteau {version('portmanteau')}."
 
 
 def _notes(notes: Iterable[str]) -> str:

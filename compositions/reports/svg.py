@@ -13,7 +13,7 @@ from .maps import HeatMap
 from .palette import MODELS
 
 _CELL, _ROW, _LETTER = 22, 20, 6.6
-_STRIP, _END = 40, 62
+_STRIP, _END = 40, 72
 _DENSE = 40  # layers; where there are more, cells are narrower
 _UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -25,7 +25,7 @@ def text(value: object) -> str:
 
 def heat_map(one: HeatMap) -> str:
     """Draw a heat map: a row for each module, a column for each layer. Every cell can be focused and says its value."""
-    wide = _CELL if len(one.layers) <= _DENSE else _CELL * 2 // 3
+    wide = _CELL if len(one.layers) <= _DENSE else _CELL // 2
     left = 10 + _LETTER * max((len(module) for module in one.modules), default=0)
     width, height = left + wide * len(one.layers) + 4, _ROW * (len(one.modules) + 1) + 4
     parts = [_open(width, height, f"{one.title}, {one.stack}: {one.measure}")]
@@ -49,12 +49,17 @@ def scale(one: HeatMap) -> str:
     cells = "".join(f'<rect class="{kind}{i}" x="{16 * i}" y="2" width="16" height="10"/>' for i in range(9))
     how = ", logarithmic" if one.scale == "logarithmic" else ""
     picture = f'<svg class="scale" width="144" height="14" aria-hidden="true">{cells}</svg>'
-    return f'<span class="legend">{text(ends[0])} {picture} {text(ends[1])}{how}</span>'
+    empty = f'<span class="legend">{_square("none")} no change, or nothing there</span>' if _has_gaps(one) else ""
+    return f'<span class="legend">{text(ends[0])} {picture} {text(ends[1])}{how}</span>{empty}'
+
+
+def _has_gaps(one: HeatMap) -> bool:
+    return any(one.colour(value) is None for values in one.values for value in values)
 
 
 def strip(one: Strip, models: Sequence[str]) -> str:
     """Draw which model each layer comes from: a blend is striped, what lies side by side is split."""
-    wide = _STRIP if len(one.cells) <= _DENSE else _STRIP // 2
+    wide = _STRIP if len(one.cells) <= _DENSE else _STRIP // 4
     sizes = [wide if cell.is_layer else _END for cell in one.cells]
     parts = [_open(sum(sizes) + 4, 62, f"which model each layer comes from: {one.stack}")]
     left = 2
@@ -80,8 +85,12 @@ def described(cell: Cell) -> str:
 
 def swatch(index: int) -> str:
     """Draw the colour of a model."""
-    colour = f'<rect class="m{index % len(MODELS)}" width="14" height="14"/>'
-    return f'<svg class="swatch" width="14" height="14" aria-hidden="true">{colour}</svg>'
+    return _square(f"m{index % len(MODELS)}")
+
+
+def _square(kind: str) -> str:
+    shape = f'<rect class="{kind}" width="14" height="14"/>'
+    return f'<svg class="swatch" width="14" height="14" aria-hidden="true">{shape}</svg>'
 
 
 def _shares(cell: Cell, models: Sequence[str], left: float, width: float) -> Iterator[str]:
@@ -105,7 +114,7 @@ def _open(width: float, height: float, says: str) -> str:
 def _focusable(shape: str, says: str, row: int, column: int) -> str:
     first = 0 if row == column == 0 else -1
     at = f'data-row="{row}" data-column="{column}" tabindex="{first}" role="img"'
-    return f'<g class="cell" {at} aria-label="{text(says)}"><title>{text(says)}</title>{shape}</g>'
+    return f'<g class="cell" {at}><title>{text(says)}</title>{shape}</g>'
 
 
 def _colour(one: HeatMap, value: float | None) -> str:

@@ -3,42 +3,33 @@
 from __future__ import annotations
 
 import string
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 
-from rich.console import Console
 from rich.text import Text
 
 from portmanteau.merge.origins import Cell, Strip, models_of
+from portmanteau.merge.shown import printable
 
 from .maps import HeatMap
 from .palette import DIVERGING, MODELS, SEQUENTIAL, ink
 
-_PLAIN = 100  # columns, where no terminal says how wide it is
 _ENDS = {"embeddings": "emb"}
 
 
-def print_maps(maps: Iterable[HeatMap]) -> None:
-    """Draw heat maps on stdout: a row for each module, a column for each layer."""
-    console = _console()
+def map_lines(maps: Iterable[HeatMap], width: int) -> Iterator[Text]:
+    """Draw heat maps: a row for each module, a column for each layer."""
     for one in maps:
-        for line in _map_lines(one, console.width):
-            console.print(line, soft_wrap=True)
-        console.print()
+        yield from _map_lines(one, width)
+        yield Text()
 
 
-def print_strips(strips: Sequence[Strip]) -> None:
-    """Draw on stdout which model each layer comes from, and say what the letters stand for."""
-    console, models = _console(), models_of(strips)
+def strip_lines(strips: Sequence[Strip], width: int) -> Iterator[Text]:
+    """Draw which model each layer comes from, and say what the letters stand for."""
+    models = models_of(strips)
     for strip in strips:
-        for line in _strip_lines(strip, models, console.width):
-            console.print(line, soft_wrap=True)
+        yield from _strip_lines(strip, models, width)
     if models:
-        console.print(_legend(models), soft_wrap=True)
-
-
-def _console() -> Console:
-    return Console(highlight=False, width=None if sys.stdout.isatty() else _PLAIN)
+        yield _legend(models)
 
 
 def _map_lines(one: HeatMap, width: int) -> Iterator[Text]:
@@ -47,14 +38,15 @@ def _map_lines(one: HeatMap, width: int) -> Iterator[Text]:
     shown = [[one.shown(value).removesuffix(" %") for value in row] for row in one.values]
     cell = 1 + max((len(text) for row in shown for text in row), default=3)
     cell = max(cell, 1 + len(str(max(one.layers, default=0))))
-    left = max((len(module) for module in one.modules), default=0) + 1
+    modules = [printable(module) for module in one.modules]
+    left = max(map(len, modules), default=0) + 1
     fits = max(1, (width - left) // cell)
-    yield Text(f"{one.title}, {one.stack}", style="bold")
+    yield Text(printable(f"{one.title}, {one.stack}"), style="bold")
     yield Text(f"{one.measure}{'' if one.decimals else ', %'}", style="dim")
     for first in range(0, len(one.layers), fits):
         columns = range(first, min(first + fits, len(one.layers)))
         yield Text(" " * left + "".join(f"{one.layers[i]:>{cell}}" for i in columns), style="dim")
-        for module, row, words in zip(one.modules, one.values, shown, strict=True):
+        for module, row, words in zip(modules, one.values, shown, strict=True):
             line = Text(f"{module:<{left}}")
             for i in columns:
                 number = one.colour(row[i])
@@ -68,7 +60,7 @@ def _strip_lines(strip: Strip, models: Sequence[str], width: int) -> Iterator[Te
     cells = [(_ENDS.get(cell.name, cell.name), _letters(cell, models)) for cell in strip.cells]
     wide = 1 + max((len(text) for name, letters in cells for text in (name, letters.plain)), default=1)
     fits = max(1, width // wide)
-    yield Text(strip.stack or "no layers", style="bold")
+    yield Text(printable(strip.stack) or "no layers", style="bold")
     for first in range(0, len(cells), fits):
         block = cells[first : first + fits]
         yield Text("".join(f"{name:^{wide}}" for name, _ in block), style="dim")
@@ -86,9 +78,9 @@ def _letters(cell: Cell, models: Sequence[str]) -> Text:
     if len(own) > 2:
         return Text(f"{sign}{len(own)}", style="bold")
     text = Text()
-    for i, model in enumerate(own):
+    for i, number in enumerate(sorted(map(models.index, own))):
         text.append(sign if i else "", style="dim")
-        text.append(_letter(models.index(model)), style=_style(models.index(model)))
+        text.append(_letter(number), style=_style(number))
     return text
 
 
@@ -105,5 +97,5 @@ def _style(index: int) -> str:
 def _legend(models: Sequence[str]) -> Text:
     text = Text()
     for i, model in enumerate(models):
-        text.append(_letter(i), style=_style(i)).append(f" {model}   ")
+        text.append(_letter(i), style=_style(i)).append(f" {printable(model)}   ")
     return text.append("× a blend   | side by side", style="dim")
