@@ -11,7 +11,9 @@ from .companions import Companions, true_config
 from .errors import CheckpointError, some
 from .names import Layers
 from .node import Node
+from .notebook import table
 from .tensor_spec import TensorSpec
+from .units import readable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,6 +60,18 @@ class Checkpoint(ABC):
     def __repr__(self) -> str:
         """Kind, label and size."""
         return f"<{type(self).__name__} {self.label}: {len(self)} tensors, {self.nbytes / 1e6:.1f} MB>"
+
+    def _repr_html_(self) -> str:
+        """Give the same for a notebook, with the sizes of its stacks of layers."""
+        places = {name: self.layers.place(name) for name in self.specs}
+        rows = []
+        for stack in (None, *self.layers.stacks):
+            specs = [self.specs[name] for name, place in places.items() if (place.stack if place else None) == stack]
+            dtypes = ", ".join(sorted({spec.dtype for spec in specs}))
+            size = readable(sum(spec.nbytes for spec in specs))
+            where, count = (stack.prefix, str(stack.count)) if stack else ("outside the layers", "")
+            rows.append((where, count, str(len(specs)), size, dtypes))
+        return table(f"{self!r}".strip("<>"), ("where", "layers", "tensors", "bytes", "dtypes"), rows)
 
     @cached_property
     def layers(self) -> Layers:

@@ -12,7 +12,10 @@ from .companions import Companions
 from .dtypes import is_float
 from .errors import MergeError, Mistake
 from .node import Finding, Node, Source, Step, Store, Survey, copy_of, sources, surveys
+from .notebook import picture
+from .origins import strips
 from .surveyed import Surveyed
+from .units import readable
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Pending:
     settle: Callable[[Any], Plan]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """A whole merge: a step for every output tensor in output order, what the user should know, what stands beside."""
 
@@ -39,6 +42,15 @@ class Plan:
     notes: tuple[str, ...] = ()
     pending: Pending | None = None
     companions: Companions = field(default_factory=Companions)
+
+    def __repr__(self) -> str:
+        """How many steps there are, and the bytes that they read and write."""
+        steps = "a survey first" if self.pending else f"{len(self.steps)} steps"
+        return f"<Plan: {steps}, reads {readable(self.bytes_read)}, writes {readable(self.bytes_written)}>"
+
+    def _repr_html_(self) -> str:
+        """Give the same for a notebook, with the models that each layer comes from."""
+        return picture(repr(self).strip("<>"), strips(self.steps))
 
     def settled(self, found: Mapping[Survey, Any]) -> Plan:
         """Give the plan with all its steps, once the surveys are carried out."""

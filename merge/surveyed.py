@@ -11,6 +11,7 @@ from .companions import Companions
 from .composed import Composed
 from .evaluate import Session, conduct
 from .node import Node, Survey, surveys
+from .notebook import table
 from .tensor_spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -72,6 +73,10 @@ class Surveyed(Checkpoint):
     def __repr__(self) -> str:
         """Kind and label; what it holds is not known without reading."""
         return f"<{type(self).__name__} {self.label}: at most {self.most / 1e6:.1f} MB>"
+
+    def _repr_html_(self) -> str:
+        """Give the same for a notebook, which reads no weights either."""
+        return table(repr(self).strip("<>"), (), ())
 
     def called(self, label: str) -> Self:
         """Give the same checkpoint under another label."""

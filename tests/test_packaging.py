@@ -33,7 +33,16 @@ LAYERS = (  # a file imports only from layers above its own
     ("merge.files", "merge.adapters", "merge.sparse", "merge.compiled"),  # packages that only say what they are
     ("compositions.mergekit", "compositions.recipe", "compositions.reports"),
     ("merge.compiled.build_hook", "merge.compiled.library"),
-    ("merge.shown", "merge.errors", "merge.form", "merge.names", "merge.kernels", "merge.files.storage", "merge.units"),
+    (
+        "merge.shown",
+        "merge.palette",
+        "merge.errors",
+        "merge.form",
+        "merge.names",
+        "merge.kernels",
+        "merge.files.storage",
+        "merge.units",
+    ),
     ("merge.dtypes", "merge.operator", "merge.adapters.bottleneck_config"),
     ("merge.tensor_spec", "merge.sparse.pytorch_diff", "merge.spectra", "merge.changes", "merge.inner_products"),
     ("merge.surveys", "merge.task_vectors", "merge.delta_ranks"),
@@ -44,7 +53,9 @@ LAYERS = (  # a file imports only from layers above its own
     ("merge.operators", "merge.files.hub"),
     ("merge.registry", "merge.adapters.folder"),
     ("merge.node",),
-    ("merge.checkpoint", "merge.evaluate", "merge.origins"),
+    ("merge.origins", "merge.evaluate"),
+    ("merge.notebook",),
+    ("merge.checkpoint",),
     ("merge.compiled.making", "merge.byte_copies"),
     ("merge.stored", "merge.composed", "merge.in_memory", "merge.sparse.selection"),
     ("merge.adapters.adapter", "merge.adapters.bottleneck", "merge.surveyed"),
@@ -62,7 +73,7 @@ LAYERS = (  # a file imports only from layers above its own
     ("compositions.matching", "compositions.mergekit.parameters", "compositions.same_model", "compositions.zones"),
     ("compositions.automatic_layers", "compositions.sparse_fine_tune"),
     ("compositions.reports.rows",),
-    ("compositions.reports.comparison", "compositions.reports.maps", "compositions.reports.palette"),
+    ("compositions.reports.comparison", "compositions.reports.maps"),
     ("compositions.reports.built", "compositions.reports.svg", "compositions.reports.tables"),
     ("compositions.reports.*",),
     ("compositions.training.masks", "compositions.training.sparse_result", "compositions.training.freezing"),
@@ -301,7 +312,16 @@ def swap(tmp_path: Path, save_tensors: Callable[[str, Mapping[str, Tensor]], Pat
 
 ADAPTER = ROOT / "tests" / "oracles" / "fixtures" / "adapters_1_3_0" / "second"
 COMMANDS = (
-    *("--help", "plan swap.yaml", "check swap.yaml", "show", "show ties", "show layer_swap", "inspect math"),
+    *(
+        "--help",
+        "plan swap.yaml",
+        "check swap.yaml",
+        "show",
+        "show ties",
+        "show layer_swap",
+        "inspect math",
+        "plan swap.yaml --picture",
+    ),
     f"inspect {ADAPTER}",
 )
 
@@ -380,9 +400,12 @@ def test_the_wheel_holds_the_package_and_nothing_else(built: Path) -> None:
     shipped = {f"portmanteau/{path.relative_to(ROOT).as_posix()}" for path in SHIPPED}
     typed = {"portmanteau/merge/py.typed", "portmanteau/compositions/py.typed"}
     compiled = {"portmanteau/merge/compiled/kernels.c", "portmanteau/merge/compiled/kernels.native"}
+    page = {f"portmanteau/compositions/reports/page.{kind}" for kind in ("css", "html", "js")}
     about = {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE"}
     version = wheel.name.split("-")[1]
-    assert contents(wheel) == shipped | typed | compiled | {f"portmanteau-{version}.dist-info/{name}" for name in about}
+    assert contents(wheel) == shipped | typed | compiled | page | {
+        f"portmanteau-{version}.dist-info/{name}" for name in about
+    }
 
 
 @pytest.mark.wheel

@@ -308,6 +308,19 @@ def test_a_folder_without_receipt_and_a_damaged_receipt_are_refused(swap: Path, 
         assert (done.returncode, done.stdout, "Traceback" in done.stderr) == (1, "", False)
 
 
+def test_a_report_without_changes_reads_no_weights_and_imports_no_torch(swap: Path, tmp_path: Path) -> None:
+    merge.build(compositions.compose(compositions.load(swap)), tmp_path / "out")
+    (tmp_path / "out" / "model.safetensors").unlink()
+    program = (
+        "import sys; from portmanteau.cli import app\n"
+        "try: app(sys.argv[1:])\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "assert not {'torch', 'transformers'}.intersection(sys.modules)"
+    )
+    command = [sys.executable, "-c", program, "report", tmp_path / "out", "--html", tmp_path / "r.html"]
+    subprocess.run(command, capture_output=True, check=True, timeout=60)
+
+
 def test_an_existing_page_is_left_alone_unless_forced(swap: Path, tmp_path: Path) -> None:
     run("build", swap, tmp_path / "out")
     file = tmp_path / "mine.html"
@@ -343,3 +356,24 @@ def test_inspect_shows_modules_vocabulary_and_receipt(save_llama: SaveLlama, tmp
     assert "vocabulary: 40 rows, 37 tokens, 3 rows of padding; head: tied to the embedding" in text
     assert "receipt: no recipe, of" in text
     assert json.loads(run("inspect", tmp_path / "tied", "--json").stdout)["receipt"] is None
+
+
+# ----------------------------------------------------------------------------------------------------------- notebooks
+
+
+def test_a_notebook_shows_a_checkpoints_stacks(save_llama: SaveLlama) -> None:
+    opened = merge.open(save_llama("model"), label=EVIL)
+    shown = opened._repr_html_()
+    Reader(shown)
+    assert "<script>" not in shown
+    assert "<td>model.layers</td><td>8</td><td>72</td>" in shown
+
+
+def test_a_notebook_shows_a_plan_and_what_each_layer_comes_from(swap: Path) -> None:
+    plan = merge.make_plan(compositions.compose(compositions.load(swap)))
+    # 8 + 2 + 8 entries outside and 4 · 8 inside, of four bytes; the blended layer reads its 8 twice
+    assert repr(plan) == "<Plan: 11 steps, reads 232 B, writes 200 B>"
+    shown = plan._repr_html_()
+    Reader(shown)
+    assert 'title="1: language × task"' in shown
+    assert 'title="2: task"' in shown

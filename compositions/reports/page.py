@@ -10,10 +10,11 @@ from importlib.metadata import version
 from pathlib import Path
 from string import Template
 
+from portmanteau.merge import palette
 from portmanteau.merge.origins import Cell, Strip, models_of
 from portmanteau.merge.units import readable
 
-from . import maps, palette, svg, tables
+from . import maps, svg, tables
 from .built import Built
 from .maps import HeatMap
 from .rows import Changes, Comparison, Meetings

@@ -7,10 +7,10 @@ import re
 from collections.abc import Iterator, Sequence
 
 from portmanteau.merge.origins import Cell, Strip
+from portmanteau.merge.palette import MODELS
 from portmanteau.merge.units import readable
 
 from .maps import HeatMap
-from .palette import MODELS
 
 _CELL, _ROW, _LETTER = 22, 20, 6.6
 _STRIP, _END = 40, 72
@@ -59,15 +59,15 @@ def _has_gaps(one: HeatMap) -> bool:
 
 def strip(one: Strip, models: Sequence[str]) -> str:
     """Draw which model each layer comes from: a blend is striped, what lies side by side is split."""
-    wide = _STRIP if len(one.cells) <= _DENSE else _STRIP // 4
+    wide, gap = (_STRIP, 2) if len(one.cells) <= _DENSE else (12, 1)
     sizes = [wide if cell.is_layer else _END for cell in one.cells]
     parts = [_open(sum(sizes) + 4, 62, f"which model each layer comes from: {one.stack}")]
     left = 2
     for column, (cell, size) in enumerate(zip(one.cells, sizes, strict=True)):
         shown = cell.name if not cell.is_layer or int(cell.name) % _every(len(one.cells)) == 0 else ""
         parts.append(f'<text class="tick mid" x="{left + size / 2:g}" y="14">{text(shown)}</text>')
-        shapes = "".join(_shares(cell, models, left, size - 2))
-        frame = f'<rect class="frame" x="{left}" y="20" width="{size - 2}" height="36"/>'
+        shapes = "".join(_shares(cell, models, left, size - gap))
+        frame = f'<rect class="frame" x="{left}" y="20" width="{size - gap}" height="36"/>'
         parts.append(_focusable(shapes + frame, described(cell), 0, column))
         left += size
     return "".join([*parts, "</g></svg>"])

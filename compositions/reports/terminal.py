@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from rich.text import Text
 
 from portmanteau.merge.origins import Cell, Strip, models_of
+from portmanteau.merge.palette import DIVERGING, MODELS, SEQUENTIAL, ink
 from portmanteau.merge.shown import printable
 
 from .maps import HeatMap
-from .palette import DIVERGING, MODELS, SEQUENTIAL, ink
 
 _ENDS = {"embeddings": "emb"}
 
