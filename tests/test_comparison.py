@@ -161,6 +161,17 @@ def test_a_large_matrix_is_sampled_and_that_is_said(save_tensors: Save, monkeypa
     assert exact == ranking.Rank(rank_by_svd(expert), 50, 60, 60)
 
 
+def test_of_several_matrices_the_mean_rank_is_shown_weighted_by_entries(save_tensors: Save) -> None:
+    base = {"h.0.a.weight": torch.zeros(4, 4), "h.0.b.weight": torch.zeros(4, 2), "h.0.c.bias": torch.zeros(4)}
+    expert = {name: torch.ones(tensor.shape) for name, tensor in base.items()}
+    pair = save_tensors("e", expert), save_tensors("b", base)
+    found = compositions.compare([merge.open(pair[0])], merge.open(pair[1]), ranks="exact").changes[0]
+    assert [row.rank_share for row in found.modules] == [0.25, 0.5, None]
+    assert found.rank_share == (16 * 0.25 + 8 * 0.5) / 24
+    printed = run("diff", *reversed(pair), "--ranks", "exact", "--tensors").stdout.splitlines()
+    assert [line.split()[-3:] for line in printed if "h.0.a" in line] == [["1", "of", "4"]]
+
+
 def test_a_change_of_zero_has_rank_zero(save_tensors: Save) -> None:
     both = [merge.open(save_tensors(name, {"w.weight": torch.ones(4, 3), "v.weight": torch.ones(3)})) for name in "ab"]
     rows = compositions.compare(both[:1], both[1], ranks="sampled").changes[0].tensors
@@ -200,7 +211,9 @@ def test_json_and_csv_of_several_name_expert_and_other(family: tuple[Path, Path,
     assert [one["expert"] for one in printed["experts"]] == [str(family[0]), str(family[1])]
     assert [row["cosine"] for row in printed["pairs"][0]["layers"]] == [-1.0, 1.0, 1.0]
     assert printed["experts"][0]["modules"][0]["rank"] == 1
-    written = list(csv.DictReader((tmp_path / "d.csv").read_text(encoding="utf-8").splitlines()))
+    lines = (tmp_path / "d.csv").read_text(encoding="utf-8").splitlines()
+    assert len(set(lines[0].split(","))) == len(lines[0].split(","))
+    written = list(csv.DictReader(lines))
     assert [(row["expert"], row["other"], row["relative"], row["cosine"]) for row in written[::3]] == [
         (str(family[0]), "", "0.25", ""),
         (str(family[1]), "", "0.125", ""),

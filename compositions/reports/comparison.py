@@ -98,7 +98,12 @@ def compare(
 
 
 def _rows(found: Sequence[tuple[Spot, Measured, tuple[Rank | None, ...]]], i: int) -> tuple[Row, ...]:
-    return tuple(Row(at.stack, at.layer, at.module, at.tensor, one.changes[i], ranks[i]) for at, one, ranks in found)
+    made = []
+    for at, one, ranks in found:
+        rank = ranks[i]
+        share = rank.share if rank else None
+        made.append(Row(at.stack, at.layer, at.module, at.tensor, one.changes[i], rank, share))
+    return tuple(made)
 
 
 def _meeting_rows(found: Sequence[tuple[Spot, Measured, Any]], i: int) -> tuple[MeetingRow, ...]:

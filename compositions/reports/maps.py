@@ -12,7 +12,7 @@ from typing import Literal
 from portmanteau.merge.changes import added
 from portmanteau.merge.task_vectors import met
 
-from .rows import Changes, Comparison, Meetings, S, Spot, grouped
+from .rows import Changes, Comparison, Meetings, S, Spot, grouped, mean_rank
 
 Scale = Literal["linear", "logarithmic", "diverging"]
 Values = Mapping[tuple[str, int, str], float]  # by stack, layer and module
@@ -71,10 +71,10 @@ class HeatMap:
 
 
 def of_comparison(found: Comparison, *, brief: bool = False) -> tuple[HeatMap, ...]:
-    """Give the heat maps of a comparison: of every expert, then of every pair; `brief`: one of each."""
+    """Give the heat maps of a comparison: of every expert, then of every pair; `brief`: of pairs the cosine only."""
     made: list[HeatMap] = []
     for one in found.changes:
-        made += of_changes(one) if not brief else _relative(one)
+        made += of_changes(one)
     for pair in found.pairs:
         made += of_meetings(pair) if not brief else _cosines(pair)
     return tuple(made)
@@ -83,8 +83,8 @@ def of_comparison(found: Comparison, *, brief: bool = False) -> tuple[HeatMap, .
 def of_changes(found: Changes) -> Iterator[HeatMap]:
     """Give the change relative to the base, and where ranks were measured these, as shares of what they could be."""
     yield from _relative(found)
-    ranks = {_key(row): row.rank.share for row in found.modules if row.rank and row.layer is not None}
-    if ranks and len({key[2] for key in ranks}) <= _MANY:
+    ranks = _there({key: mean_rank(rows) for key, rows in _grouped(found.tensors).items()})
+    if ranks:
         title = f"rank of the change of {found.expert}"
         yield from _maps(
             title,

@@ -61,7 +61,10 @@ def of_build(built: Built, changes: Sequence[Comparison] = (), notes: Sequence[s
 
 
 def _wholes(found: Comparison) -> Iterator[tuple[Sequence[str], Sequence[Sequence[str]]]]:
-    yield ("expert", *tables.MEASURES.values()), [(one.expert, *tables.cells(one.whole)) for one in found.changes]
+    yield (
+        ("expert", *tables.titles_of(found.changes[0])),
+        [(one.expert, *tables.whole_cells(one)) for one in found.changes],
+    )
     if found.pairs:
         rows = [(f"{one.one} · {one.other}", *tables.pair_cells(one.whole)) for one in found.pairs]
         yield ("pair", *tables.OF_PAIRS.values()), rows
@@ -69,8 +72,8 @@ def _wholes(found: Comparison) -> Iterator[tuple[Sequence[str], Sequence[Sequenc
 
 def _expert(found: Changes) -> Iterator[str]:
     yield _pictures(maps.of_changes(found))
-    rows = [(row.where, *tables.cells(row.change)) for row in found.layers]
-    yield _details("Every measure, layer by layer", _table(("layer", *tables.MEASURES.values()), rows))
+    rows = [(row.where, *tables.row_cells(row, found)) for row in found.layers]
+    yield _details("Every measure, layer by layer", _table(("layer", *tables.titles_of(found)), rows))
 
 
 def _pair(found: Meetings) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -40,10 +41,18 @@ class Spot:
 
 @dataclass(frozen=True, slots=True)
 class Row(Spot):
-    """A change and where it is; with the rank of the one matrix that it stands for, where that was measured."""
+    """A change and where it is.
+
+    Attributes:
+        change: what was measured.
+        rank: of the one matrix that it stands for, where ranks were measured.
+        rank_share: the rank as a share of what it could be; of several matrices the mean, weighted by their entries.
+
+    """
 
     change: Change
     rank: Rank | None = None
+    rank_share: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +91,11 @@ class Changes:
     def whole(self) -> Change:
         """The change of the whole checkpoint."""
         return added(row.change for row in self.tensors)
+
+    @cached_property
+    def rank_share(self) -> float | None:
+        """The mean rank of all matrices, as a share of what it could be; None where ranks were not measured."""
+        return mean_rank(self.tensors)
 
 
 @dataclass(frozen=True)
@@ -144,10 +158,18 @@ def _by_layer(found: Spot) -> Spot:
 def _changes(rows: Sequence[Row], group: Callable[[Spot], Spot]) -> tuple[Row, ...]:
     made = []
     for at, members in grouped(rows, group).items():
-        ranks = [row.rank for row in members if row.rank]
-        rank = ranks[0] if len(ranks) == 1 else None
-        made.append(Row(at.stack, at.layer, at.module, at.tensor, added(row.change for row in members), rank))
+        ranked = [row for row in members if row.rank]
+        rank = ranked[0].rank if len(ranked) == 1 else None
+        change = added(row.change for row in members)
+        made.append(Row(at.stack, at.layer, at.module, at.tensor, change, rank, mean_rank(ranked)))
     return tuple(made)
+
+
+def mean_rank(rows: Sequence[Row]) -> float | None:
+    """Give the mean of the ranks, as shares of what they could be, weighted by entries; None where there are none."""
+    entries = sum(row.change.entries for row in rows if row.rank)
+    ranks = math.fsum(row.rank.share * row.change.entries for row in rows if row.rank)
+    return ranks / entries if entries else None
 
 
 def _meetings(rows: Sequence[MeetingRow], group: Callable[[Spot], Spot]) -> tuple[MeetingRow, ...]:

@@ -83,7 +83,7 @@ def csv_text(found: Comparison, level: Level) -> str:
     head = ["where", "stack", "layer", "module", "tensor", *_measures(Change())]
     head += next((list(_rank(row)) for row in found.changes[0].tensors if row.rank), [])
     if len(found.changes) > 1:
-        head = ["expert", "other", *head, *_of_pair(Meeting())]
+        head = list(dict.fromkeys(["expert", "other", *head, *_of_pair(Meeting())]))
         rows = _of_several(found, level)
     text = io.StringIO()
     writer = csv.DictWriter(text, head, restval="")
@@ -107,10 +107,10 @@ def printed(found: Comparison, *, tensors: bool = False) -> Iterator[tuple[tuple
     first, title = found.changes[0], "tensor" if tensors else "layer"
     if len(found.changes) == 1:
         shown = first.tensors if tensors else first.layers
-        rows = [(_name(row), *cells(row.change)) for row in shown]
-        yield (title, *MEASURES.values()), [*rows, ("whole", *cells(first.whole))]
+        rows = [(_name(row), *row_cells(row, first)) for row in shown]
+        yield (title, *titles_of(first)), [*rows, ("whole", *whole_cells(first))]
         return
-    yield ("expert", *MEASURES.values()), [(one.expert, *cells(one.whole)) for one in found.changes]
+    yield ("expert", *titles_of(first)), [(one.expert, *whole_cells(one)) for one in found.changes]
     yield ("pair", *OF_PAIRS.values()), [(f"{one.one} · {one.other}", *pair_cells(one.whole)) for one in found.pairs]
     pairs = [f"{i + 1}·{j + 1}" for i in range(len(found.changes)) for j in range(i + 1, len(found.changes))]
     titles = [f"relative {i + 1}" for i in range(len(found.changes))]
@@ -174,6 +174,28 @@ def cells(change: Change) -> tuple[str, ...]:
     return (mean, *map(percent, shares))
 
 
+def titles_of(found: Changes) -> tuple[str, ...]:
+    """Give the titles of the measures, with the rank where it was measured."""
+    return (*MEASURES.values(), *_if_ranked(found, "rank"))
+
+
+def row_cells(row: Row, found: Changes) -> tuple[str, ...]:
+    """Give the measures of a row as people read them: of a matrix its rank, of several the mean as a share."""
+    if row.rank is None:
+        return (*cells(row.change), *_if_ranked(found, percent(row.rank_share)))
+    rows = f" ({row.rank.rows} of {row.rank.of_rows} rows)" if row.rank.is_sampled else ""
+    return (*cells(row.change), f"{row.rank.rank} of {row.rank.most}{rows}")
+
+
+def whole_cells(found: Changes) -> tuple[str, ...]:
+    """Give the measures of the whole as people read them."""
+    return (*cells(found.whole), *_if_ranked(found, percent(found.rank_share)))
+
+
+def _if_ranked(found: Changes, cell: str) -> tuple[str, ...]:
+    return (cell,) if found.rank_share is not None else ()
+
+
 def pair_cells(meeting: Meeting) -> tuple[str, ...]:
     """Give the measures of a pair as people read them."""
     shares = (meeting.sign_conflicts, meeting.changed_by_both, meeting.top_overlap, meeting.top_by_chance)
@@ -204,11 +226,11 @@ def _measures(change: Change) -> dict[str, Any]:
 
 def _rank(row: Row) -> dict[str, Any]:
     """Give the rank, where it was measured."""
-    return (
-        {"rank": row.rank.rank, **{f"rank_{k}": v for k, v in asdict(row.rank).items() if k != "rank"}}
-        if row.rank
-        else {}
-    )
+    if row.rank_share is None:
+        return {}
+    found = asdict(row.rank) if row.rank else dict.fromkeys(("rank", "most", "rows", "of_rows"))
+    own = {"rank": found.pop("rank"), **{f"rank_{key}": value for key, value in found.items()}}
+    return {**own, "rank_share": row.rank_share}
 
 
 def _of_pair(meeting: Meeting) -> dict[str, Any]:
