@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import chain, combinations
 from typing import TYPE_CHECKING
 
 from .changes import Change
 from .errors import MergeError
-from .kernels import Cut, largest, select_largest, sums_over
+from .kernels import Cut, largest, row_sums, select_largest
 from .operator import Parts
 
 if TYPE_CHECKING:
@@ -115,51 +115,73 @@ def measure(parts: Parts) -> Measured:
     pairs = list(combinations(range(parts.models), 2))
     if not parts.entries:
         return Measured((Change(),) * parts.models, (Meeting(),) * len(pairs))
-    sums = sums_over(_sums(deltas, base, pairs) for deltas, base in parts)
+    sums, counts = _totals(_quantities(deltas, base, pairs) for deltas, base in parts)
     base, base_squared, *rest = sums
-    single = [rest[3 * i : 3 * i + 3] for i in range(parts.models)]
-    paired = [rest[3 * (parts.models + i) :][:3] for i in range(len(pairs))]
-    if not math.isfinite(base + sum(delta for delta, _, _ in single)):
+    single, products = rest[: 2 * parts.models], rest[2 * parts.models :]
+    changed, shared = counts[: parts.models], counts[parts.models :]
+    if not math.isfinite(base + sum(single[::2])):
         raise MergeError("", "holds NaN or infinite values", "such a checkpoint is damaged: save or download it again")
-    changed = [int(count) for _, _, count in single]
     tops, common = _tops(parts, changed, pairs)
     changes = tuple(
-        Change(parts.entries, changed[i], delta, squared, base, base_squared, tops[i])
-        for i, (delta, squared, _) in enumerate(single)
+        Change(parts.entries, changed[i], single[2 * i], single[2 * i + 1], base, base_squared, tops[i])
+        for i in range(parts.models)
     )
     meetings = tuple(
-        _meeting(parts.entries, found, (changes[i], changes[j]), shared)
-        for (i, j), found, shared in zip(pairs, paired, common, strict=True)
+        _meeting(parts.entries, products[n], (shared[2 * n], shared[2 * n + 1]), (changes[i], changes[j]), common[n])
+        for n, (i, j) in enumerate(pairs)
     )
     return Measured(changes, meetings)
 
 
-def _sums(deltas: Tensor, base: Tensor, pairs: list[tuple[int, int]]) -> list[Tensor]:
-    """Give what is summed of one part: of the base, then three for every expert, then three for every pair."""
-    wide, nonzero = deltas.double(), deltas != 0
-    found = [base.abs(), base.double().square()]
-    for i, delta in enumerate(deltas):
-        found += [delta.abs(), wide[i].square(), nonzero[i]]
-    for i, j in pairs:
-        both = nonzero[i] & nonzero[j]
-        found += [wide[i] * wide[j], both, both & ((deltas[i] < 0) != (deltas[j] < 0))]
-    return found
+def _quantities(
+    deltas: Tensor, base: Tensor, pairs: list[tuple[int, int]]
+) -> tuple[Iterator[Tensor], Iterator[Tensor]]:
+    """Give what is summed of one part, and what is counted.
+
+    Sums: of the base two, of every expert two, of every pair one. Counts: of every expert one, of every pair two.
+    """
+    wide, changed, negative = deltas.double(), deltas != 0, deltas < 0
+
+    def summed() -> Iterator[Tensor]:
+        yield from (base.abs(), base.double().square())
+        for delta, own in zip(deltas, wide, strict=True):
+            yield from (delta.abs(), own.square())
+        yield from (wide[i] * wide[j] for i, j in pairs)
+
+    def counted() -> Iterator[Tensor]:
+        yield from changed
+        for i, j in pairs:
+            both = changed[i] & changed[j]
+            yield from (both, both & (negative[i] != negative[j]))
+
+    return summed(), counted()
 
 
-def _meeting(entries: int, sums: list[float], changes: tuple[Change, Change], shared: int) -> Meeting:
-    product, both, opposed = sums
+def _totals(parts: Iterable[tuple[Iterable[Tensor], Iterable[Tensor]]]) -> tuple[list[float], list[int]]:
+    """Sum some quantities over all parts in fp64 on the fixed grid, and count the true entries of others."""
+    rows, counts = [], []
+    for summed, counted in parts:
+        rows.append([row_sums(values) for values in summed])
+        counts.append([int(mask.count_nonzero()) for mask in counted])
+    sums = [math.fsum(chain.from_iterable(column)) for column in zip(*rows, strict=True)]
+    return sums, [sum(column) for column in zip(*counts, strict=True)]
+
+
+def _meeting(
+    entries: int, product: float, shared: tuple[int, int], changes: tuple[Change, Change], top_both: int
+) -> Meeting:
     first, second = changes
     one, other = (min(_top_count(entries), change.changed) for change in changes)
     return Meeting(
         entries=entries,
-        both=int(both),
-        opposed=int(opposed),
+        both=shared[0],
+        opposed=shared[1],
         product=product,
         square_one=first.delta_squared,
         square_other=second.delta_squared,
         top_one=one,
         top_other=other,
-        top_both=shared,
+        top_both=top_both,
         top_chance=one * other / entries,
     )
 
@@ -172,11 +194,12 @@ def _tops(parts: Parts, changed: list[int], pairs: list[tuple[int, int]]) -> tup
     """Sum |δ| over each expert's most changed entries, and count those that are among both of a pair."""
     count = _top_count(parts.entries)
     cuts = largest(lambda: (deltas for deltas, _ in parts), [min(count, one) or None for one in changed])
-    sums = sums_over(_kept(parts, cuts, pairs))
-    return sums[: parts.models], [int(one) for one in sums[parts.models :]]
+    return _totals(_kept(parts, cuts, pairs))
 
 
-def _kept(parts: Parts, cuts: tuple[Cut | None, ...], pairs: list[tuple[int, int]]) -> Iterator[list[Tensor]]:
+def _kept(
+    parts: Parts, cuts: tuple[Cut | None, ...], pairs: list[tuple[int, int]]
+) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
     """Give, part by part, |δ| of every expert with zeros below its boundary, and for every pair where both are kept."""
     import torch
 
@@ -187,5 +210,5 @@ def _kept(parts: Parts, cuts: tuple[Cut | None, ...], pairs: list[tuple[int, int
             for delta, cut in zip(deltas, cuts, strict=True)
         ]
         magnitudes = [delta.abs() * one for delta, one in zip(deltas, kept, strict=True)]
-        yield [*magnitudes, *(kept[i] & kept[j] for i, j in pairs)]
+        yield magnitudes, [kept[i] & kept[j] for i, j in pairs]
         start += deltas.shape[1]
