@@ -115,7 +115,7 @@ def measure(parts: Parts) -> Measured:
     pairs = list(combinations(range(parts.models), 2))
     if not parts.entries:
         return Measured((Change(),) * parts.models, (Meeting(),) * len(pairs))
-    sums, counts = _totals(_quantities(deltas, base, pairs) for deltas, base in parts)
+    sums, counts = _totals(parts.map(lambda deltas, base: _summed(_quantities(deltas, base, pairs))))
     base, base_squared, *rest = sums
     single, products = rest[: 2 * parts.models], rest[2 * parts.models :]
     changed, shared = counts[: parts.models], counts[parts.models :]
@@ -157,12 +157,15 @@ def _quantities(
     return summed(), counted()
 
 
-def _totals(parts: Iterable[tuple[Iterable[Tensor], Iterable[Tensor]]]) -> tuple[list[float], list[int]]:
-    """Sum some quantities over all parts in fp64 on the fixed grid, and count the true entries of others."""
-    rows, counts = [], []
-    for summed, counted in parts:
-        rows.append([row_sums(values) for values in summed])
-        counts.append([int(mask.count_nonzero()) for mask in counted])
+def _summed(quantities: tuple[Iterable[Tensor], Iterable[Tensor]]) -> tuple[list[list[float]], list[int]]:
+    """Sum some quantities of one part along the fixed grid, and count the true entries of others."""
+    summed, counted = quantities
+    return [row_sums(values) for values in summed], [int(mask.count_nonzero()) for mask in counted]
+
+
+def _totals(parts: Iterable[tuple[list[list[float]], list[int]]]) -> tuple[list[float], list[int]]:
+    """Add up what was summed and counted of all parts, exactly."""
+    rows, counts = zip(*parts, strict=True)
     sums = [math.fsum(chain.from_iterable(column)) for column in zip(*rows, strict=True)]
     return sums, [sum(column) for column in zip(*counts, strict=True)]
 
@@ -194,7 +197,7 @@ def _tops(parts: Parts, changed: list[int], pairs: list[tuple[int, int]]) -> tup
     """Sum |δ| over each expert's most changed entries, and count those that are among both of a pair."""
     count = _top_count(parts.entries)
     cuts = largest(lambda: (deltas for deltas, _ in parts), [min(count, one) or None for one in changed])
-    return _totals(_kept(parts, cuts, pairs))
+    return _totals(map(_summed, _kept(parts, cuts, pairs)))
 
 
 def _kept(

@@ -98,7 +98,7 @@ def test_no_number_of_several_depends_on_parts_or_on_what_is_kept(save_tensors: 
     stored = merge.open(save_tensors("base", base))
     small, large = (
         compositions.compare(opened, stored, ranks="sampled", session=session)
-        for session in (Session(GRID, keep=0), Session(8 * GRID))
+        for session in (Session(GRID, keep=0), Session(8 * GRID, threads=3))
     )
     assert small == large
 

@@ -13,6 +13,8 @@ from portmanteau.merge.delta_ranks import Rank, Ranks, delta_ranks
 from portmanteau.merge.dtypes import is_float
 from portmanteau.merge.errors import Mistake, PortmanteauError, some
 from portmanteau.merge.evaluate import Evaluation, Session, conduct, together
+from portmanteau.merge.execute import Limits
+from portmanteau.merge.kernels import one_thread
 from portmanteau.merge.node import Inputs, surveys
 from portmanteau.merge.operator import Parts
 from portmanteau.merge.task_vectors import Measured, measure
@@ -68,7 +70,7 @@ def compare(
         unmatched: tensors that not all of them have: refuse, or leave out.
         ranks: of the changes of matrices: `none`, `sampled` (exact where that is cheap, else of some rows, which is
             noted), or `exact`.
-        session: the size of parts; the result does not depend on it.
+        session: the size of parts, and threads; the result does not depend on it. By default every processor.
         progress: is told how far the work is.
 
     Raises MergeError for checkpoints that do not fit, and for a tensor with NaN or infinite entries.
@@ -77,12 +79,14 @@ def compare(
     labels, own = list(models)[:-1], list(models)[-1]
     matching = _matched(models, own, unmatched)
     floats = {name: met for name, met in matching.tensors.items() if is_float(met.spec.dtype)}
-    measuring, told = _Measuring(session or Session(), labels, own, ranks), progress or Progress()
+    session = session or Session(threads=Limits.of(None, None).threads)
+    measuring, told = _Measuring(session, labels, own, ranks), progress or Progress()
     told.begin("diff", sum(met.spec.nbytes for met in floats.values()), len(floats))
     found: list[tuple[Spot, Measured, tuple[Rank | None, ...]]] = []
-    for name, met in floats.items():
-        found.append((spot(name, base.layers.place(name)), *measuring(name, met)))
-        told.advance(met.spec.nbytes, 1)
+    with one_thread():  # of torch's own, for each of ours
+        for name, met in floats.items():
+            found.append((spot(name, base.layers.place(name)), *measuring(name, met)))
+            told.advance(met.spec.nbytes, 1)
     stacks = [stack.prefix for stack in base.layers.stacks]
     found.sort(key=lambda one: (len(stacks), 0) if one[0].layer is None else (stacks.index(one[0].stack), one[0].layer))
     per_expert = tuple(
