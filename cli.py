@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -14,11 +15,9 @@ import typer
 
 from portmanteau import merge
 from portmanteau.compositions import (
-    change_tables,
-    changes,
+    compare,
     compose,
     greedy_soup,
-    heat_map,
     load,
     measured_by,
     overlaps,
@@ -32,9 +31,12 @@ from portmanteau.compositions.one_off.written import one_off, recipe_beside, wri
 from portmanteau.compositions.recipe import text as recipe_text
 from portmanteau.compositions.reference import json_schema
 from portmanteau.compositions.reference import markdown as reference_markdown
+from portmanteau.compositions.reports import built, maps, page, tables
+from portmanteau.compositions.reports import png as heat_map
 from portmanteau.merge import describe
 from portmanteau.merge.execute import MEMORY, Limits
 from portmanteau.merge.files.upload import Target, check_target, upload
+from portmanteau.merge.origins import strips
 from portmanteau.merge.output import check_file
 from portmanteau.merge.plugins.discovery import announce
 from portmanteau.merge.shown import json_text, printable, printable_lines
@@ -43,6 +45,7 @@ from portmanteau.merge.units import byte_count, readable
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
     from rich.progress import TaskID
+    from rich.text import Text
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -52,6 +55,9 @@ app = typer.Typer(
 
 Recipe = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+Picture = Annotated[
+    bool | None, typer.Option("--picture/--no-picture", help="Draw it in the terminal; by default on a terminal.")
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="Tensors made at once; the result does not depend on it.")]
 
 
@@ -143,7 +149,12 @@ def publish(
 
 @app.command()
 def plan(
-    recipe: Recipe, threads: Threads = None, memory: Memory = MEMORY, plugin: Plugin = None, as_json: Json = False
+    recipe: Recipe,
+    threads: Threads = None,
+    memory: Memory = MEMORY,
+    picture: Picture = None,
+    plugin: Plugin = None,
+    as_json: Json = False,
 ) -> None:
     """Show what a build would do, without reading any weights."""
     ready = preflight(recipe)
@@ -159,6 +170,10 @@ def plan(
     ]
     if not made.pending:
         _table(("operator", "of", "settings", "tensors", "bytes", "because of"), rows)
+    if _drawn(picture):
+        from portmanteau.compositions.reports import terminal
+
+        _draw(partial(terminal.strip_lines, strips(made.steps)))
     for survey in summary["surveys"]:
         _print(f"survey first: {survey['title']}, reads {readable(survey['bytes'])} each time")
     if ready.bytes_to_download:
@@ -249,8 +264,12 @@ def inspect(
     _print(f"{checkpoint}: {found['tensors']} tensors, {found['entries']:,} entries, {readable(found['bytes'])}")
     for about in found.get("about", ()):
         _print("; ".join(f"{key.replace('_', ' ')}: {value}" for key, value in about.items()))
+    for line in tables.beside(found):
+        _print(line)
     groups = [(r["where"], r["layers"], str(r["tensors"]), readable(r["bytes"]), r["dtypes"]) for r in found["groups"]]
     _table(("where", "layers", "tensors", "bytes", "dtypes"), groups)
+    if found.get("modules"):
+        _table(*tables.modules(found["modules"]))
     if tensors:
         listed = [(r["name"], r["dtype"], str(r["shape"]), readable(r["bytes"])) for r in found["list"]]
         _table(("tensor", "dtype", "shape", "bytes"), listed)
@@ -377,6 +396,39 @@ def _asked_model() -> str:
 
 
 @app.command()
+def report(
+    out: Annotated[Path, typer.Argument(help="A folder that portmanteau built.", show_default=False)],
+    html: Annotated[Path | None, typer.Option(help="Write it as a page.")] = None,
+    measured: Annotated[bool, typer.Option("--changes", help="Measure the change from each parent.")] = False,
+    picture: Picture = None,
+    force: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what a finished build did: its layers, steps, inputs and notes, and its change from each parent."""
+    found = built.read(out)
+    if html:
+        check_file(html, force=force)
+    with _drawn_progress() as progress:
+        changed, notes = built.changes_from_parents(found, progress) if measured else ((), ())
+    if html:
+        html.write_text(page.of_build(found, changed, notes), encoding="utf-8")
+    if as_json:
+        _print_json({**found.document(), "changes": [tables.document(one) for one in changed]})
+        return
+    if _drawn(picture):
+        from portmanteau.compositions.reports import terminal
+
+        _draw(partial(terminal.strip_lines, found.layers))
+    for titles, rows in (found.steps(), found.files()):
+        _table(titles, rows)
+    for one in changed:
+        _print(f"change from {one.base}")
+        for titles, rows in tables.printed(one):
+            _table(titles, rows)
+    _notes([*found.notes, *notes])
+
+
+@app.command()
 def soup(
     out: Annotated[Path, typer.Argument(help="The folder to make; its recipe is written as OUT.yaml.")],
     models: Annotated[list[str], typer.Argument(help="Folders, files, Hub ids, or patterns as in recipes.")],
@@ -409,41 +461,48 @@ def soup(
 
 @app.command()
 def diff(
-    expert: Annotated[str, typer.Argument(metavar="A", help="A folder, a file or a Hub id.", show_default=False)],
-    other: Annotated[str | None, typer.Argument(metavar="B", help="Without --base: what A became.")] = None,
-    base: Annotated[str | None, typer.Option(help="What A was trained from.", show_default=False)] = None,
+    checkpoints: Annotated[list[str], typer.Argument(metavar="A [B]...", help="Folders, files or Hub ids.")],
+    base: Annotated[str | None, typer.Option(help="What they were trained from; without it, A is.")] = None,
     unmatched: Annotated[
-        Literal["error", "drop"], typer.Option(help="Tensors that only one has: refuse, or leave out.")
+        Literal["error", "drop"], typer.Option(help="Tensors that only some have: refuse, or leave out.")
     ] = "error",
+    ranks: Annotated[
+        Literal["none", "sampled", "exact"], typer.Option(help="Ranks of changes; of large matrices sampled, or exact.")
+    ] = "none",
     tensors: Annotated[bool, typer.Option("--tensors", help="A row for each tensor.")] = False,
+    picture: Picture = None,
     csv: Annotated[Path | None, typer.Option(help="Write CSV: by layer and module, or tensor.")] = None,
     png: Annotated[Path | None, typer.Option(help="Draw a heat map, layers against modules.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with heat maps and tables.")] = None,
     force: Annotated[bool, typer.Option(help="Replace existing files.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Show where a fine-tuned model changed: `diff EXPERT --base BASE`, or `diff A B` for the way from A to B."""
-    if (other is None) == (base is None):
-        raise typer.BadParameter("name the base, either as EXPERT --base BASE or as BASE EXPERT; one expert at a time")
-    before, after = (expert, other) if other else (base, expert)
-    assert before
-    assert after
-    for file in filter(None, (csv, png)):
+    """Show where models changed and meet: `diff EXPERT... --base BASE`, or `diff A B` for the way from A to B."""
+    if base is None and len(checkpoints) != 2:
+        raise typer.BadParameter("name the base: EXPERT... --base BASE, or BASE EXPERT")
+    experts, base = (checkpoints, base) if base else (checkpoints[1:], checkpoints[0])
+    for file in filter(None, (csv, png, html)):
         check_file(file, force=force)
     if png:
         heat_map.check_plots()
     with _drawn_progress() as progress:
-        found = changes(merge.open(after), merge.open(before), unmatched=unmatched, progress=progress)
+        opened = [merge.open(expert) for expert in experts]
+        found = compare(opened, merge.open(base), unmatched=unmatched, ranks=ranks, progress=progress)
     if csv:
-        csv.write_text(change_tables.csv_text(found.tensors if tensors else found.modules), encoding="utf-8")
+        csv.write_text(tables.csv_text(found, "tensors" if tensors else "modules"), encoding="utf-8")
     if png:
-        heat_map.draw(found, png)
+        heat_map.draw(found.changes, png)
+    if html:
+        html.write_text(page.of_comparison(found), encoding="utf-8")
     if as_json:
-        _print_json(change_tables.document(found, tensors=tensors))
+        _print_json(tables.document(found, tensors=tensors))
         return
-    shown = found.tensors if tensors else found.layers
-    rows = [(row.tensor or row.where, *change_tables.cells(row.change)) for row in shown]
-    titles = ("tensor" if tensors else "layer", *change_tables.MEASURES.values())
-    _table(titles, [*rows, ("whole", *change_tables.cells(found.whole))])
+    for titles, rows in tables.printed(found, tensors=tensors):
+        _table(titles, rows)
+    if _drawn(picture):
+        from portmanteau.compositions.reports import terminal
+
+        _draw(partial(terminal.map_lines, maps.of_comparison(found, brief=True)))
     _notes(found.notes)
 
 
@@ -478,6 +537,20 @@ def overlap(
 def _most(made: merge.Plan) -> str:
     """Say how many bytes a plan writes; at most, where a survey will tell."""
     return ("at most " if made.pending else "") + readable(made.bytes_written)
+
+
+def _draw(lines: Callable[[int], Iterable[Text]]) -> None:
+    """Draw a picture as wide as the terminal."""
+    from rich.console import Console
+
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
+    for line in lines(console.width):
+        console.print(line, soft_wrap=True)
+
+
+def _drawn(picture: bool | None) -> bool:
+    """Tell whether pictures are asked for; where nothing is said, on a terminal."""
+    return sys.stdout.isatty() if picture is None else picture
 
 
 def _say(text: str) -> None:

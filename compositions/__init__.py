@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 from .assemble import assemble
 from .average import Exponential, accumulative_averages, average
 from .average_adapters import average_adapters
-from .changes import Changes, changes
 from .compose import compose
 from .composition import Composition, composition
 from .emr_task import emr_task
@@ -20,6 +19,8 @@ from .metric_command import measured_by
 from .overlap import Overlap, overlaps
 from .preflight import Preflight, preflight
 from .recipe.reading import Recipe, load
+from .reports.comparison import changes, compare
+from .reports.rows import Changes, Comparison, Meetings
 from .revert_sparse import revert_sparse
 from .slices import Slice, slices
 from .sparse_fine_tune import Term, sparse_fine_tune
@@ -43,9 +44,11 @@ else:
 
 __all__ = [
     "Changes",
+    "Comparison",
     "Composition",
     "Ends",
     "Exponential",
+    "Meetings",
     "Overlap",
     "Preflight",
     "Recipe",
@@ -62,6 +65,7 @@ __all__ = [
     "average",
     "average_adapters",
     "changes",
+    "compare",
     "compose",
     "composition",
     "emr_task",

@@ -3,18 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-from .errors import MergeError
-from .kernels import Cut, largest, select_largest, sums_over
-from .operator import Parts
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-_TOP = 100  # concentration looks at one entry in so many
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,38 +81,3 @@ def added(changes: Iterable[Change]) -> Change:
         base_squared=math.fsum(one.base_squared for one in every),
         top=math.fsum(one.top for one in every),
     )
-
-
-def measure(parts: Parts) -> Change:
-    """Measure one tensor that comes in parts of (deltas [1, part], base [part]), in their working dtype.
-
-    Sums are taken in fp64 on the fixed grid, so no bit depends on the size of the parts. δ = 0 exactly where both
-    entries are equal, since IEEE 754 subtraction underflows gradually.
-
-    Raises MergeError where an entry is NaN or infinite.
-    """
-    if not parts.entries:
-        return Change()
-    delta, delta_squared, base, base_squared, changed = sums_over(
-        (row.abs(), row.double().square(), base.abs(), base.double().square(), row != 0) for (row,), base in parts
-    )
-    if not math.isfinite(delta + base):
-        raise MergeError("", "holds NaN or infinite values", "such a checkpoint is damaged: save or download it again")
-    top = _top(parts) if delta else 0.0
-    return Change(parts.entries, int(changed), delta, delta_squared, base, base_squared, top)
-
-
-def _top(parts: Parts) -> float:
-    """Sum |δ| over the entries that changed most, one in a hundred, rounded up."""
-    (cut,) = largest(lambda: (deltas for deltas, _ in parts), [-(-parts.entries // _TOP)])
-    assert cut is not None
-    (top,) = sums_over((kept,) for kept in _kept(parts, cut))
-    return top
-
-
-def _kept(parts: Parts, cut: Cut) -> Iterator[Tensor]:
-    """Give |δ| part by part, with zeros for all that lies below the boundary."""
-    start = 0
-    for (delta,), _ in parts:
-        yield delta.abs() * select_largest(delta, cut, start)
-        start += len(delta)

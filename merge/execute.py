@@ -155,7 +155,7 @@ def build(
         beside = checkpoint.companions.with_texts_of(plan.companions)
         companions.write(beside, folder, [step.output for step in plan.steps])
         (folder / "README.md").write_text(model_card.text(plan, recipe, checkpoint.companions.form), encoding="utf-8")
-        receipt = make_receipt(plan, Done(digests, found), recipe, time.monotonic() - begun)
+        receipt = make_receipt(plan, Done(digests, found), recipe, time.monotonic() - begun, folder)
         receipt.write(folder)
     return receipt
 

@@ -13,6 +13,7 @@ from .companions import Companions
 from .dtypes import is_float
 from .errors import MergeError, Mistake
 from .node import Finding, Node, Source, Step, Store, Survey, copy_of, sources, surveys
+from .origins import strips
 from .parent_cards import licence_note, read_cards
 from .surveyed import Surveyed
 from .units import readable
@@ -50,14 +51,15 @@ class Plan:
         return f"<Plan: {count}, reads {readable(self.bytes_read)}, writes {most}{readable(self.bytes_written)}>"
 
     def _repr_html_(self) -> str:
-        """A table of what is done, for notebooks."""
+        """A table of what is done, and the models that each layer comes from, for notebooks."""
         groups: dict[tuple[str, str], list[int]] = {}
         for step in self.steps:
             groups.setdefault((step.operator.name, ", ".join(step.labels)), []).append(step.output.nbytes)
         rows = [(name, of, len(sizes), readable(sum(sizes))) for (name, of), sizes in groups.items()]
         told = [(f"survey first: {one.title}", "", "", readable(one.nbytes)) for one in self.surveys]
         notes = [(f"note: {note}", "", "", "") for note in self.notes]
-        return notebook.table(repr(self)[1:-1], ("operator", "of", "tensors", "bytes"), [*told, *rows, *notes])
+        shown = notebook.table(repr(self)[1:-1], ("operator", "of", "tensors", "bytes"), [*told, *rows, *notes])
+        return shown + notebook.picture(strips(self.steps))
 
     def settled(self, found: Mapping[Survey, Any]) -> Plan:
         """Give the plan with all its steps, once the surveys are carried out."""

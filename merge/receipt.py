@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -14,6 +15,7 @@ import blake3
 
 from . import notebook
 from .node import Finding, Store, Survey, steps
+from .origins import Strip, strips
 from .plan import Plan
 from .shown import json_text
 from .units import readable
@@ -27,7 +29,8 @@ class Receipt:
 
     Attributes:
         recipe: the recipe's text and its digest; None for a build from Python.
-        inputs: for each checkpoint its label, revision and files with size, time (seconds) and header digest (BLAKE3).
+        inputs: for each checkpoint its label, revision, repository, folder seen from the result's, and files with size,
+            time (seconds) and header digest (BLAKE3).
         outputs: tensor → BLAKE3 digest of its bytes.
         choices: what each kind of step did, with its settings and how many tensors it made.
         surveys: what each survey found.
@@ -35,6 +38,7 @@ class Receipt:
         seeds: the seeds of all random steps.
         versions: of portmanteau, Python and torch.
         seconds: the time that it took.
+        layers: which models each layer comes from.
 
     """
 
@@ -47,6 +51,7 @@ class Receipt:
     seeds: tuple[int, ...]
     seconds: float
     versions: Mapping[str, str] = field(default_factory=lambda: _versions())
+    layers: tuple[Strip, ...] = ()
 
     def __repr__(self) -> str:
         """What it is a record of."""
@@ -74,15 +79,17 @@ class Done:
     found: Mapping[Survey, Any]
 
 
-def make_receipt(plan: Plan, done: Done, recipe: str | None, seconds: float) -> Receipt:
-    """Put the record together."""
+def make_receipt(plan: Plan, done: Done, recipe: str | None, seconds: float, folder: Path) -> Receipt:
+    """Put the record together; `folder` is the result's, or a sibling of it."""
     text = {"text": recipe, "digest": digest(recipe.encode())} if recipe is not None else None
-    inputs = tuple(_input(checkpoint) for checkpoint in plan.checkpoints)
+    inputs = tuple(_input(checkpoint, folder) for checkpoint in plan.checkpoints)
     every = (inner for step in plan.steps for inner in steps(step))
     seeds = dict.fromkeys(step.settings["seed"] for step in every if "seed" in step.settings)
     surveys = {survey.title: _plain(value) for survey, value in done.found.items()}
-    what = choices(plan)
-    return Receipt(text, inputs, dict(done.digests), what, surveys, plan.notes, tuple(seeds), round(seconds, 3))
+    what, layers = choices(plan), strips(plan.steps, done.found)
+    return Receipt(
+        text, inputs, dict(done.digests), what, surveys, plan.notes, tuple(seeds), round(seconds, 3), layers=layers
+    )
 
 
 def _plain(value: Any) -> Any:
@@ -108,14 +115,26 @@ def choices(plan: Plan) -> tuple[dict[str, Any], ...]:
     return tuple(groups.values())
 
 
-def _input(checkpoint: Store) -> dict[str, Any]:
+def _input(checkpoint: Store, folder: Path) -> dict[str, Any]:
     files = []
     for file in checkpoint.files:
         status = file.path.stat()
         files.append(
             {"file": file.path.name, "bytes": status.st_size, "modified": status.st_mtime, "header": file.digest}
         )
-    return {"checkpoint": checkpoint.label, "revision": checkpoint.revision, "files": files}
+    where = {"repository": checkpoint.repository, "folder": _seen_from(folder, checkpoint)}
+    return {"checkpoint": checkpoint.label, "revision": checkpoint.revision, **where, "files": files}
+
+
+def _seen_from(folder: Path, checkpoint: Store) -> str | None:
+    """Give the way from the result to a checkpoint: it says nothing of the machine, and holds where both are moved."""
+    if not checkpoint.files:
+        return None
+    home = checkpoint.files[0].path.absolute().parent
+    try:
+        return Path(os.path.relpath(home, folder.absolute())).as_posix()
+    except ValueError:  # on another drive
+        return str(home)
 
 
 def _versions() -> dict[str, str]:

@@ -5,17 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .errors import MergeError
 from .kernels import sums_over
 from .operator import Parts
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from .spectra import rank_of, spectrum
 
 Weights = tuple[float, float]
-_BLOCK = 1024  # rows
 
 
 def balanced_weights(groups: Mapping[str, Parts], *, blend: float) -> dict[str, Weights]:
@@ -77,32 +74,18 @@ def changes_and_ranks(
         sizes = {"change": math.sqrt(squares[0]), "base": math.sqrt(squares[1])}
         if energy is None or name not in matrices:
             return sizes
-        return {**sizes, **_rank_of(_spectrum(parts, matrices[name]), energy)}
+        return {**sizes, **_rank(parts, matrices[name], energy)}
 
     threads = next((parts.threads for parts in groups.values()), 1)
     with ThreadPoolExecutor(threads, "survey") as pool:
         return dict(zip(groups, pool.map(found, groups.items()), strict=True))
 
 
-def _spectrum(parts: Parts, shape: tuple[int, int]) -> Tensor:
-    """Give the squared singular values of a matrix that comes in parts, the largest first."""
+def _rank(parts: Parts, shape: tuple[int, int], energy: float) -> dict[str, Any]:
+    """Find the rank of a matrix that comes in parts, which is held in memory."""
     import torch
 
     matrix = torch.cat([deltas[0] for deltas, _ in parts]).reshape(shape)
-    matrix = matrix if shape[0] >= shape[1] else matrix.T
-    gram = torch.zeros(matrix.shape[1], matrix.shape[1], dtype=torch.float64)
-    for start in range(0, matrix.shape[0], _BLOCK):
-        rows = matrix[start : start + _BLOCK].double()
-        gram += rows.T @ rows
-    squares: Tensor = torch.linalg.eigvalsh(gram).clamp(min=0).flip(0)
-    return squares
-
-
-def _rank_of(squares: Tensor, energy: float) -> dict[str, Any]:
-    """Find how many of the largest values keep the share."""
-    sums = squares.cumsum(0)
-    whole = float(sums[-1])
-    if whole == 0:
-        return {"rank": 0, "energy": 1.0}
-    rank = min(int((sums < energy * whole).sum()) + 1, len(squares))
-    return {"rank": rank, "energy": float(sums[rank - 1]) / whole}
+    tall = matrix if shape[0] >= shape[1] else matrix.T
+    rank, kept = rank_of(spectrum([tall], tall.shape[1]), energy)
+    return {"rank": rank, "energy": kept}

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from portmanteau import compositions, merge
-from portmanteau.compositions import change_tables, heat_map
-from portmanteau.merge.changes import Change, measure
+from portmanteau.compositions.reports import png, tables
+from portmanteau.merge.changes import Change
 from portmanteau.merge.evaluate import GRID, Session
 from portmanteau.merge.operator import Parts
+from portmanteau.merge.task_vectors import measure
 from tests.conftest import SaveLlama
 
 COMMAND = str(Path(sys.executable).with_name("portmanteau"))
@@ -28,8 +29,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def measured(expert: Tensor, base: Tensor) -> Change:
-    found = measure(Parts.whole((expert - base)[None], base))
-    assert isinstance(found, Change)
+    (found,) = measure(Parts.whole((expert - base)[None], base)).changes
     return found
 
 
@@ -48,7 +48,7 @@ def by_numpy(expert: Tensor, base: Tensor) -> dict[str, float]:
 
 
 def measures(change: Change) -> dict[str, float]:
-    return {name: getattr(change, name) for name in change_tables.MEASURES}
+    return {name: getattr(change, name) for name in tables.MEASURES}
 
 
 # ---------------------------------------------------------------------------------------------------------- one tensor
@@ -121,7 +121,7 @@ def test_what_would_divide_by_zero_is_none() -> None:
         "top_share": None,
     }
     assert measured(torch.ones(3), zeros).relative is None
-    assert measures(Change()) == dict.fromkeys(change_tables.MEASURES)
+    assert measures(Change()) == dict.fromkeys(tables.MEASURES)
 
 
 def test_a_tensor_without_entries_changes_nothing(save_tensors: Save) -> None:
@@ -294,7 +294,7 @@ def test_several_stacks_and_equal_models_are_drawn_without_a_warning(
         save_tensors(folder, {name: torch.ones(2) + (changed if name == names[-1] else 0.0) for name in names})
         for folder, changed in (("expert", value), ("base", 0.0))
     ]
-    heat_map.draw(compositions.changes(*map(merge.open, both)), tmp_path / "map")
+    png.draw([compositions.changes(*map(merge.open, both))], tmp_path / "map")
     assert (tmp_path / "map").read_bytes().startswith(PNG)
 
 
@@ -303,15 +303,15 @@ def test_what_cannot_be_drawn_is_said(
 ) -> None:
     flat = merge.open(save_tensors("flat", {"w.weight": torch.ones(2)}))
     with pytest.raises(merge.MergeError, match="has no layers to draw"):
-        heat_map.draw(compositions.changes(flat, flat), tmp_path / "map.png")
-    monkeypatch.setattr(heat_map, "find_spec", lambda name: None)
+        png.draw([compositions.changes(flat, flat)], tmp_path / "map.png")
+    monkeypatch.setattr(png, "find_spec", lambda name: None)
     with pytest.raises(merge.PortmanteauError, match=r"needs matplotlib.*\n.*install portmanteau\[plots\]"):
-        heat_map.draw(compositions.changes(*map(merge.open, pair)), tmp_path / "map.png")
+        png.draw([compositions.changes(*map(merge.open, pair))], tmp_path / "map.png")
     assert not (tmp_path / "map.png").exists()
 
 
 def test_a_base_is_named_once(pair: tuple[Path, Path]) -> None:
-    for arguments in ([pair[0]], [*pair, "--base", pair[1]]):
+    for arguments in ([pair[0]], [*pair, pair[1]]):
         done = run("diff", *arguments)
         assert (done.returncode, done.stdout) == (2, "")
         assert "base" in done.stderr

@@ -208,7 +208,7 @@ def test_only_functions_that_escape_print() -> None:
                 printing |= (
                     {function.name} if called & {"print", "typer.echo", "console.print", "sys.stdout.write"} else set()
                 )
-    assert printing == {"_say", "_print", "_print_json", "_table"}
+    assert printing == {"_say", "_print", "_print_json", "_table", "_draw"}
 
 
 def test_a_model_card_holds_no_markup_of_strangers(save_tensors: Save, tmp_path: Path) -> None:

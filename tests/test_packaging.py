@@ -32,14 +32,13 @@ SET_UP = (
 LAYERS = (  # a file imports only from layers above its own
     ("merge.files", "merge.adapters", "merge.sparse", "merge.compiled", "merge.plugins"),  # they only say what they are
     ("compositions.mergekit", "compositions.recipe", "compositions.vocabulary"),
-    ("compositions.one_off", "compositions.reference"),
-    ("merge.compiled.build_hook", "merge.compiled.library", "merge.shown"),
-    ("merge.progress",),
-    ("merge.notebook",),
+    ("compositions.one_off", "compositions.reference", "compositions.reports"),
+    ("merge.compiled.build_hook", "merge.compiled.library", "merge.shown", "merge.palette", "merge.progress"),
     ("merge.errors", "merge.form", "merge.names", "merge.kernels", "merge.files.storage", "merge.units"),
     ("merge.dtypes", "merge.operator", "merge.adapters.bottleneck_config", "merge.adapters.module_pattern"),
     ("merge.files.json_file", "merge.files.places", "merge.files.pickled", "merge.files.upload"),
-    ("merge.tensor_spec", "merge.files.torch_values", "merge.surveys", "merge.changes", "merge.inner_products"),
+    ("merge.tensor_spec", "merge.files.torch_values", "merge.spectra", "merge.changes", "merge.inner_products"),
+    ("merge.surveys", "merge.task_vectors", "merge.delta_ranks"),
     ("merge.thinning", "merge.compiled.measures", "merge.describe.tensors"),
     ("merge.files.safetensors_header", "merge.files.torch_archive", "merge.files.weight_file"),
     ("merge.compiled.forms", "merge.files.remote_file"),
@@ -49,7 +48,9 @@ LAYERS = (  # a file imports only from layers above its own
     ("merge.plugins.mergekit_method", "merge.sparse.pytorch_diff"),
     ("merge.registry",),
     ("merge.node",),
-    ("merge.checkpoint", "merge.evaluate", "merge.parent_cards"),
+    ("merge.origins", "merge.evaluate", "merge.parent_cards"),
+    ("merge.notebook",),
+    ("merge.checkpoint",),
     ("merge.compiled.making", "merge.byte_copies"),
     ("merge.stored", "merge.composed", "merge.in_memory", "merge.sparse.selection"),
     ("merge.adapters.folder",),
@@ -58,6 +59,7 @@ LAYERS = (  # a file imports only from layers above its own
     ("merge.plan",),
     ("merge.adapters.low_rank", "merge.adapters.decomposition"),
     ("merge.receipt", "merge.describe.bottleneck", "merge.describe.sparse"),
+    ("merge.describe.checkpoints",),
     ("merge.describe.plans", "merge.model_card", "merge.output"),
     ("merge.describe",),
     ("merge.execute",),
@@ -76,7 +78,11 @@ LAYERS = (  # a file imports only from layers above its own
         "compositions.same_model",
         "compositions.zones",
     ),
-    ("compositions.automatic_layers", "compositions.changes", "compositions.sparse_fine_tune"),
+    ("compositions.automatic_layers", "compositions.sparse_fine_tune"),
+    ("compositions.reports.rows",),
+    ("compositions.reports.comparison", "compositions.reports.maps"),
+    ("compositions.reports.built", "compositions.reports.svg", "compositions.reports.tables"),
+    ("compositions.reports.*",),
     ("compositions.training.masks", "compositions.training.sparse_result", "compositions.training.freezing"),
     ("compositions.training.*",),
     ("compositions.training",),
@@ -252,9 +258,11 @@ def test_merge_has_exactly_these_public_names() -> None:
 def test_compositions_has_exactly_these_public_names() -> None:
     assert compositions.__all__ == [
         "Changes",
+        "Comparison",
         "Composition",
         "Ends",
         "Exponential",
+        "Meetings",
         "Overlap",
         "Preflight",
         "Recipe",
@@ -271,6 +279,7 @@ def test_compositions_has_exactly_these_public_names() -> None:
         "average",
         "average_adapters",
         "changes",
+        "compare",
         "compose",
         "composition",
         "emr_task",
@@ -329,7 +338,16 @@ def swap(tmp_path: Path, save_tensors: Callable[[str, Mapping[str, Tensor]], Pat
 
 ADAPTER = ROOT / "tests" / "oracles" / "fixtures" / "adapters_1_3_0" / "second"
 COMMANDS = (
-    *("--help", "plan swap.yaml", "check swap.yaml", "show", "show ties", "show layer_swap", "inspect math"),
+    *(
+        "--help",
+        "plan swap.yaml",
+        "check swap.yaml",
+        "show",
+        "show ties",
+        "show layer_swap",
+        "inspect math",
+        "plan swap.yaml --picture",
+    ),
     f"inspect {ADAPTER}",
 )
 
@@ -408,9 +426,12 @@ def test_the_wheel_holds_the_package_and_nothing_else(built: Path) -> None:
     shipped = {f"portmanteau/{path.relative_to(ROOT).as_posix()}" for path in SHIPPED}
     typed = {"portmanteau/merge/py.typed", "portmanteau/compositions/py.typed"}
     compiled = {"portmanteau/merge/compiled/kernels.c", "portmanteau/merge/compiled/kernels.native"}
+    page = {f"portmanteau/compositions/reports/page.{kind}" for kind in ("css", "html", "js")}
     about = {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE"}
     version = wheel.name.split("-")[1]
-    assert contents(wheel) == shipped | typed | compiled | {f"portmanteau-{version}.dist-info/{name}" for name in about}
+    assert contents(wheel) == shipped | typed | compiled | page | {
+        f"portmanteau-{version}.dist-info/{name}" for name in about
+    }
 
 
 @pytest.mark.wheel

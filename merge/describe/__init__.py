@@ -1,5 +1,6 @@
 """Plans, checkpoints and other folders as plain values for tables and JSON."""
 
-from .plans import checkpoint, lacks, plan, reference
+from .checkpoints import checkpoint
+from .plans import lacks, plan, reference
 
 __all__ = ["checkpoint", "lacks", "plan", "reference"]

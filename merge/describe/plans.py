@@ -1,19 +1,18 @@
-"""Plans and checkpoints as plain values for tables and JSON."""
+"""Plans, and whatever a reference names, as plain values for tables and JSON."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
-from ..checkpoint import Checkpoint
 from ..companions import Companions
-from ..names import Stack
+from ..origins import strips
 from ..plan import Plan
 from ..receipt import choices
 from ..stored import open
-from ..tensor_spec import TensorSpec
 from .bottleneck import adapters, is_bottleneck
+from .checkpoints import checkpoint
 from .sparse import is_sparse, sparse_fine_tune
-from .tensors import OUTSIDE, described, group
 
 
 def plan(made: Plan, bytes_in_flight: int) -> dict[str, Any]:
@@ -31,6 +30,7 @@ def plan(made: Plan, bytes_in_flight: int) -> dict[str, Any]:
     ]
     return {
         "steps": steps,
+        "layers": [asdict(strip) for strip in strips(made.steps)],
         "surveys": [{"title": survey.title, "bytes": survey.nbytes} for survey in made.surveys],
         "notes": made.notes,
         "tensors": None if made.pending else len(made.steps),
@@ -67,16 +67,3 @@ def reference(where: str, *, tensors: bool = False) -> dict[str, Any]:
     if is_sparse(where):
         return sparse_fine_tune(where, tensors=tensors)
     return checkpoint(open(where, weights=False), tensors=tensors)
-
-
-def checkpoint(opened: Checkpoint, *, tensors: bool = False) -> dict[str, Any]:
-    """Describe a checkpoint: sizes by stack of layers, and of what is outside them; every tensor if asked."""
-    groups: dict[Stack | None, list[TensorSpec]] = {}
-    for name, spec in opened.specs.items():
-        place = opened.layers.place(name)
-        groups.setdefault(place.stack if place else None, []).append(spec)
-    rows = [
-        group(stack.prefix if stack else OUTSIDE, str(stack.count) if stack else "", specs)
-        for stack, specs in groups.items()
-    ]
-    return {**described(opened.specs, rows, tensors=tensors), "companions": sorted(opened.companions.files)}
