@@ -19,9 +19,10 @@ from . import companions, model_card
 from .byte_copies import copied, is_byte_copy, is_shared
 from .checkpoint import Checkpoint
 from .compiled.making import is_compiled, made
+from .compiled.surveying import conduct
 from .dtypes import parse
 from .errors import OutputError
-from .evaluate import GRID, LARGEST_PART, Evaluation, Session, conduct
+from .evaluate import GRID, LARGEST_PART, Evaluation, Session
 from .kernels import one_thread
 from .node import Inputs, Made, Node, Source, Step, Survey
 from .output import check_place, published
@@ -172,10 +173,9 @@ def surveyed(plan: Plan, limits: Limits, progress: Progress) -> dict[Survey, Any
     if plan.surveys:
         _, session = limits.session(plan)
         progress.begin("survey", sum(survey.nbytes for survey in plan.surveys), len(plan.surveys))
-        with one_thread():
-            for survey in plan.surveys:
-                found[survey] = conduct(survey, replace(session, found=found))
-                progress.advance(survey.nbytes, 1)
+        for survey in plan.surveys:
+            found[survey] = conduct(survey, replace(session, found=found))
+            progress.advance(survey.nbytes, 1)
     return found
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+from portmanteau.merge.compiled import library
 
 LLAMA: dict[str, Any] = {
     "hidden_size": 16,
@@ -22,6 +25,7 @@ LLAMA: dict[str, Any] = {
 }
 
 SaveLlama = Callable[..., Path]
+WithoutLibrary = Callable[[], AbstractContextManager[None]]
 
 
 @pytest.fixture
@@ -50,3 +54,18 @@ def save_tensors(tmp_path: Path) -> Callable[[str, Mapping[str, Tensor]], Path]:
         return folder
 
     return save
+
+
+@pytest.fixture
+def without_library(tmp_path: Path) -> WithoutLibrary:
+    """Give a function that begins a context in which the compiled library is not there."""
+
+    @contextmanager
+    def switched_off() -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(library, "_FILE", tmp_path / "no such file")
+            library.library.cache_clear()
+            yield
+        library.library.cache_clear()
+
+    return switched_off

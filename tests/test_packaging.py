@@ -32,7 +32,7 @@ SET_UP = (
 LAYERS = (  # a file imports only from layers above its own
     ("merge.files", "merge.adapters", "merge.sparse", "merge.compiled"),  # packages that only say what they are
     ("compositions.mergekit", "compositions.recipe"),
-    ("merge.compiled.build_hook", "merge.compiled.library"),
+    ("merge.compiled.arena", "merge.compiled.build_hook", "merge.compiled.library"),
     ("merge.errors", "merge.form", "merge.names", "merge.kernels", "merge.files.storage", "merge.units"),
     ("merge.dtypes", "merge.operator", "merge.adapters.bottleneck_config"),
     ("merge.tensor_spec", "merge.sparse.pytorch_diff", "merge.surveys", "merge.changes", "merge.inner_products"),
@@ -45,9 +45,10 @@ LAYERS = (  # a file imports only from layers above its own
     ("merge.node",),
     ("merge.checkpoint", "merge.evaluate"),
     ("merge.compiled.making", "merge.byte_copies"),
+    ("merge.compiled.surveying",),
     ("merge.stored", "merge.composed", "merge.in_memory", "merge.sparse.selection"),
     ("merge.adapters.adapter", "merge.adapters.bottleneck", "merge.surveyed"),
-    ("merge.sparse.fingerprint", "merge.sparse.entries", "merge.sparse.file"),
+    ("merge.sparse.compiled_selection", "merge.sparse.entries", "merge.sparse.file", "merge.sparse.fingerprint"),
     ("merge.plan",),
     ("merge.adapters.low_rank", "merge.adapters.decomposition"),
     ("merge.receipt", "merge.describe.bottleneck", "merge.describe.sparse"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import POINTER, c_double, c_float, c_int, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
+from ctypes import POINTER, Array, c_double, c_float, c_int, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ class Merging(ctypes.Structure):
 
 
 NO_TENSOR = Stored(None, 0)
+HIGHER = -1  # count_digits: count the higher digits
 
 _Floats = POINTER(c_float)
 _Doubles = POINTER(c_double)
@@ -53,6 +54,21 @@ _SIGNATURES: dict[str, tuple[Any, Sequence[Any]]] = {
     "count_digits": (None, (c_size_t, Stored, Stored, c_size_t, c_int64, POINTER(c_uint32))),
     "find_digit": (None, (POINTER(c_uint32), c_int64, POINTER(c_int64))),
     "sift": (c_int64, (c_size_t, Stored, Stored, c_uint32, c_uint32, c_void_p, c_size_t, POINTER(c_int64))),
+    "sift_blocks": (
+        None,
+        (c_size_t, Stored, Stored, c_uint32, c_uint32, c_void_p, POINTER(c_int64), POINTER(c_int64)),
+    ),
+    "count_around": (
+        None,
+        (c_size_t, c_void_p, POINTER(c_int64), c_uint32, POINTER(c_int64), POINTER(c_int64)),
+    ),
+    "take_selected": (
+        c_size_t,
+        (
+            *(c_size_t, Stored, Stored, c_uint32, POINTER(c_int64), c_int64, c_size_t, c_size_t),
+            *(c_void_p, c_void_p),
+        ),
+    ),
     "find_among": (None, (c_void_p, c_size_t, c_int64, POINTER(c_uint32), POINTER(c_int64))),
     "find_equal": (c_int64, (c_size_t, Stored, Stored, c_float, c_int64)),
     "magnitudes": (None, (c_size_t, Stored, Stored, POINTER(Thinning), c_int64, _Doubles)),
@@ -65,6 +81,11 @@ _SIGNATURES: dict[str, tuple[Any, Sequence[Any]]] = {
     ),
     "count_non_finite": (c_int64, (c_size_t, Stored)),
 }
+
+
+def lanes() -> Array[c_uint32]:
+    """Give empty histograms of one digit, side by side."""
+    return (c_uint32 * (LANES << 16))()
 
 
 def functions() -> Any:

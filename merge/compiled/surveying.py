@@ -1,0 +1,61 @@
+"""Surveys without torch: their tensors are read as they are stored, and measured by the compiled library."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from ..evaluate import Session
+from ..evaluate import conduct as conduct_by_torch
+from ..kernels import one_thread
+from ..node import Inputs, Node, Survey
+from .arena import arena
+from .library import library
+from .making import Met, is_compiled, revisits
+from .measures import Run
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The tensors of a group, one after the other, in runs of stored bytes; as Parts are for torch."""
+
+    group: tuple[Inputs, ...]
+    session: Session
+
+    @property
+    def entries(self) -> int:
+        """How many entries all of them have together, in one model."""
+        return sum(inputs.models[0].output.entries for inputs in self.group)
+
+    @property
+    def threads(self) -> int:
+        """How many runs may be worked on at once."""
+        return self.session.threads
+
+    def runs(self) -> Iterator[Callable[[], tuple[Run]]]:
+        """Give, run by run, what reads it; it is valid until this thread reads another."""
+        for inputs in self.group:
+            for span in self.session.spans(inputs.models[0].output.entries):
+                yield partial(self._read, inputs, span)
+
+    def _read(self, inputs: Inputs, span: slice) -> tuple[Run]:
+        met = Met(inputs, self.session)
+        met.settle(arena(met.size))
+        return (met.run(span),)
+
+
+def conduct(survey: Survey, session: Session) -> Any:
+    """Carry out a survey, by the compiled library where that can be."""
+    compiled = survey.compiled if library() is not None else None
+    if compiled is None or not all(is_streamed(node, session) for node in survey):
+        with one_thread():
+            return conduct_by_torch(survey, session)
+    groups = {key: Runs(group, session) for key, group in survey.groups.items()}
+    return compiled(groups, **survey.settings)
+
+
+def is_streamed(node: Node, session: Session) -> bool:
+    """Tell whether the library can read a tensor from any entry on."""
+    return is_compiled(node, session) and not revisits(node, session)
