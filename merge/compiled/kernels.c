@@ -519,6 +519,67 @@ API WIDE void thinned_sum(
     }
 }
 
+/* ---- low-rank products */
+
+#define TILE 16 /* columns, and four rows, that are multiplied at once in registers */
+typedef double lane __attribute__((vector_size(64)));
+
+/* A matrix of factors: the entry (i, k) of its rank k lies at i · step + k · stride. */
+typedef struct {
+    tensor of;
+    int64_t step;
+    int64_t stride;
+} factor;
+
+/* Load rows, or columns, `first` to `first + count` of a factor in fp64: to[i · i_step + k · k_step]. */
+INLINE void load_factor(
+    double *restrict to, factor from, size_t first, size_t count, size_t rank, size_t i_step, size_t k_step
+) {
+    for (size_t i = 0; i < count; i++) {
+        for (size_t k = 0; k < rank; k++) {
+            float one;
+            load(&one, from.of.data, from.of.dtype, (first + i) * (size_t)from.step + k * (size_t)from.stride, 1);
+            to[i * i_step + k * k_step] = one;
+        }
+    }
+}
+
+/* A run of scale · left · right, flat, of a matrix of this width. Products of fp32 are exact in fp64; they are added up in
+   the order of the rank. */
+API WIDE void low_rank(
+    size_t start, size_t entries, size_t width, size_t rank, factor left, factor right, double scale,
+    double *scratch /* [rank][TILE], [rows, a multiple of 4][rank] */, float *out
+) {
+    double *columns = scratch, *factors = scratch + rank * TILE;
+    size_t first = start / width, stop = start + entries, rows = (stop - 1) / width + 1 - first;
+    load_factor(factors, left, first, rows, rank, rank, 1);
+    memset(factors + rows * rank, 0, (-rows & 3) * rank * sizeof(double));
+    for (size_t column = 0; column < width; column += TILE) {
+        size_t across = width - column < TILE ? width - column : TILE;
+        if (across < TILE) memset(columns, 0, rank * TILE * sizeof(double));
+        load_factor(columns, right, column, across, rank, 1, TILE);
+        for (size_t row = 0; row < rows; row += 4) {
+            lane sums[4][TILE / 8];
+            double values[4][TILE];
+            for (int i = 0; i < 4; i++)
+                for (int j = 0; j < TILE / 8; j++) sums[i][j] = (lane){-0.0, -0.0, -0.0, -0.0, -0.0, -0.0, -0.0, -0.0};
+            for (size_t k = 0; k < rank; k++) {
+                lane now[TILE / 8];
+                memcpy(now, columns + k * TILE, sizeof now);
+                for (int i = 0; i < 4; i++)
+                    for (int j = 0; j < TILE / 8; j++) sums[i][j] += factors[(row + (size_t)i) * rank + k] * now[j];
+            }
+            memcpy(values, sums, sizeof values);
+            for (size_t i = 0; i < 4 && row + i < rows; i++) {
+                size_t at = (first + row + i) * width + column; /* a run may begin and end within a row */
+                size_t from = at < start ? start - at : 0, to = at + across > stop ? stop - at : across;
+                if (at >= stop) continue;
+                for (size_t j = from; j < to; j++) out[at + j - start] = (float)(values[i][j] * scale);
+            }
+        }
+    }
+}
+
 /* ---- NaN and infinity */
 
 API WIDE int64_t count_non_finite(size_t entries, tensor input) {

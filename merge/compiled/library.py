@@ -11,6 +11,7 @@ from typing import Any
 
 DTYPES = {"F32": 0, "BF16": 1, "F16": 2}  # what it loads and stores, by the numbers in kernels.c
 ROW = 4096
+TILE = 16  # columns that are multiplied at once
 LANES = 4  # histograms of one digit, side by side
 _FILE = Path(__file__).with_name("kernels.native")
 
@@ -19,6 +20,12 @@ class Stored(ctypes.Structure):
     """A run of one tensor's stored bytes; the address 0 stands for no tensor."""
 
     _fields_ = (("data", c_void_p), ("dtype", c_int32))
+
+
+class Factor(ctypes.Structure):
+    """A matrix of factors: where its entries lie; as kernels.c describes it."""
+
+    _fields_ = (("of", Stored), ("step", c_int64), ("stride", c_int64))
 
 
 class Thinning(ctypes.Structure):
@@ -78,6 +85,10 @@ _SIGNATURES: dict[str, tuple[Any, Sequence[Any]]] = {
             *(c_size_t, c_int, POINTER(Stored), _Floats, POINTER(Thinning), Stored, Merging, c_int64),
             *(_Floats, c_void_p, c_int),
         ),
+    ),
+    "low_rank": (
+        None,
+        (c_size_t, c_size_t, c_size_t, c_size_t, Factor, Factor, c_double, _Doubles, c_void_p),
     ),
     "count_non_finite": (c_int64, (c_size_t, Stored)),
 }
