@@ -75,11 +75,11 @@ def test_the_library_selects_what_torch_selects(seed: int) -> None:
     [
         {"KEPT": 10},
         {"_region": lambda *_: (1, 2)},
-        {"_ENOUGH": 1 << 12, "_PARTS": 1},
         {"_ENOUGH": 1 << 12},
+        {"_ENOUGH": 1 << 12, "_MARGIN": 0.0},
         {"KEPT": 10, "_UNTIL_FULL": 1 << 17},
     ],
-    ids=["too much near the boundary", "looked in the wrong region", "some parts", "some rows", "full histograms"],
+    ids=["too much near the boundary", "looked in the wrong region", "sampled", "no margin", "full histograms"],
 )
 def test_every_way_to_the_boundary_gives_the_same(
     seed: int, attributes: dict[str, Any], monkeypatch: pytest.MonkeyPatch

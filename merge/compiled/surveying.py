@@ -19,10 +19,18 @@ from .measures import Run
 
 @dataclass(frozen=True)
 class Runs:
-    """The tensors of a group, one after the other, in runs of stored bytes; as Parts are for torch."""
+    """The tensors of a group, one after the other, in runs of stored bytes; as Parts are for torch.
+
+    Attributes:
+        group: the tensors, those that meet together.
+        session: the size of runs, and how many threads there are.
+        share: only so much of each run is read, from its beginning: one entry in so many.
+
+    """
 
     group: tuple[Inputs, ...]
     session: Session
+    share: int = 1
 
     @property
     def entries(self) -> int:
@@ -38,7 +46,8 @@ class Runs:
         """Give, run by run, what reads it; it is valid until this thread reads another."""
         for inputs in self.group:
             for span in self.session.spans(inputs.models[0].output.entries):
-                yield partial(self._read, inputs, span)
+                count = -(-(span.stop - span.start) // self.share)
+                yield partial(self._read, inputs, slice(span.start, span.start + count))
 
     def _read(self, inputs: Inputs, span: slice) -> tuple[Run]:
         met = Met(inputs, self.session)

@@ -6,7 +6,7 @@ import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from ctypes import Array, addressof, c_float, c_int64, c_uint32, sizeof, string_at
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 from ..compiled.library import HIGHER, functions, lanes
@@ -14,10 +14,10 @@ from ..compiled.measures import Run
 from ..compiled.surveying import Runs
 from ..errors import MergeError
 from ..evaluate import GRID
-from .selection import AGAIN, KEPT, MARGIN, Counts, Selection, empty, over, taken
+from .selection import AGAIN, KEPT, Counts, Selection, empty, over, taken
 
 _SAMPLED, _ENOUGH = 16, 1 << 22  # one entry in so many is looked at first, if that leaves enough of them
-_PARTS = 64  # so many parts are enough to look at these alone; with fewer, rows of every part are looked at
+_MARGIN = 0.04  # how far, as a share of k, the first look may be wrong: it sees some of every part
 _UNTIL_FULL = 1 << 33  # entries that four lanes can count in 32 bits, however unevenly they fill
 _DIGITS = 1 << 16
 
@@ -45,18 +45,17 @@ def _refuse(groups: Groups, count: int) -> NoReturn:
 
 def _region(groups: Groups, count: int) -> tuple[int, int]:
     """Tell in which region the boundary probably lies: the bits of the lowest |δ| in it, and of the lowest above it."""
-    parts, entries = sum(1 for one in groups.values() for _ in one.runs()), sum(one.entries for one in groups.values())
+    entries = sum(one.entries for one in groups.values())
     sampled = max(1, min(_SAMPLED, entries // _ENOUGH))
-    every, rows = (sampled, 1) if parts >= _PARTS * sampled else (1, sampled)
-    totals = _histogram(groups, HIGHER, every, rows)
-    margin = MARGIN if sampled > 1 else 0.0
+    totals = _histogram({name: replace(one, share=sampled) for name, one in groups.items()}, HIGHER)
+    margin = _MARGIN if sampled > 1 else 0.0
     wanted = count * sum(totals) / entries
     low, *_ = _digit(totals, math.ceil(wanted * (1 + margin)))
     high, *_ = _digit(totals, max(1, math.floor(wanted * (1 - margin))))
     return low << 16, (high + 1) << 16
 
 
-def _histogram(groups: Groups, high: int, every: int = 1, rows: int = 1) -> list[int]:
+def _histogram(groups: Groups, high: int) -> list[int]:
     """Count the higher digits of all magnitudes, or the lower ones of those whose higher is `high`."""
     own, every_lanes, totals = threading.local(), [], [0] * _DIGITS
 
@@ -65,9 +64,9 @@ def _histogram(groups: Groups, high: int, every: int = 1, rows: int = 1) -> list
             own.lanes, own.left = lanes(), _UNTIL_FULL
             every_lanes.append(own.lanes)
         own.left -= run.count
-        functions().count_digits(run.count, run.models[0], run.base, rows, high, own.lanes)
+        functions().count_digits(run.count, run.models[0], run.base, 1, high, own.lanes)
 
-    for _ in over(groups, count, every):
+    for _ in over(groups, count):
         pass
     for found in every_lanes:
         for lane in range(0, len(found), _DIGITS):

@@ -19,7 +19,7 @@ T = TypeVar("T")
 _HIGH = 16  # bits of |x| that the first pass counts by
 KEPT = 1 << 24  # entries near the boundary that may be held in memory; beyond, more passes are made
 _SAMPLED, _ENOUGH = 16, 64  # one part in so many is looked at first, if that leaves enough of them
-MARGIN = 0.1  # how far, as a share of k, the first look may be wrong
+_MARGIN = 0.1  # how far, as a share of k, the first look may be wrong
 AGAIN = "only so many entries differ from the base: ask for no more"
 
 
@@ -115,7 +115,7 @@ def _region(groups: Mapping[str, Parts], count: int) -> tuple[int, int]:
         histogram += found
     above = histogram.flip(0).cumsum(0)  # above[i]: entries in the i + 1 highest bins
     scale = int(above[-1]) / sum(one.entries for one in groups.values())
-    margin = MARGIN if every > 1 else 0.0
+    margin = _MARGIN if every > 1 else 0.0
     wanted = torch.tensor([count * scale * (1 - margin), count * scale * (1 + margin)], dtype=torch.float64)
     first, last = torch.searchsorted(above.double(), wanted).clamp(max=(1 << _HIGH) - 1).tolist()
     return (1 << _HIGH) - 1 - last << _HIGH, (1 << _HIGH) - first << _HIGH
