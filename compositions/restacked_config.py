@@ -64,7 +64,7 @@ def restacked(
         if name in counts and value == stack.count:
             home[name] = len(origins)
         elif name in _NUMBERS and isinstance(value, list):
-            home[name] = [i for i, one in enumerate(origins) if one.layer in (_home(one).get(name) or ())]
+            home[name] = [i for i, one in enumerate(origins) if one.layer in _listed(_home(one).get(name))]
         elif isinstance(value, list) and len(value) == stack.count and name not in _NOT_BY_LAYER:
             home[name] = [_entry(name, one, mistakes) for one in origins]
     if isinstance(home.get("attention_types"), list) and isinstance(home.get("attention_layers"), list):
@@ -93,8 +93,12 @@ def _home(origin: Origin) -> Mapping[str, Any]:
     if origin.config is None:
         return {}
     key = _part(origin.config, origin.stack)
-    found: Mapping[str, Any] = origin.config[key] if key else origin.config
-    return found
+    found = origin.config[key] if key else origin.config
+    return found if isinstance(found, Mapping) else {}
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _entry(name: str, origin: Origin, mistakes: list[Mistake]) -> Any:

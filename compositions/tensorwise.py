@@ -14,7 +14,7 @@ from portmanteau.merge.errors import Mistake, nearest, some
 from portmanteau.merge.names import Place, matches
 from portmanteau.merge.node import Inputs, copy_of
 from portmanteau.merge.operator import Setting
-from portmanteau.merge.registry import find, operators
+from portmanteau.merge.registry import exists, find, operators, unknown
 
 from .matching import Met, match
 
@@ -95,8 +95,8 @@ def check(
     operator: str, models: Sequence[str], has_base: bool, settings: Mapping[str, Any], rules: Sequence[Rule]
 ) -> Iterator[tuple[Path, str, str]]:
     """Find what is wrong with settings and rules: where (a path of keys), what, and a hint."""
-    if operator not in operators():
-        yield (), f"unknown operator {operator!r}", nearest(operator, operators())
+    if not exists(operator):
+        yield (), f"unknown operator {operator!r}", unknown(operator, operators())
         return
     yield from _check_operator((), find(operator), models, has_base)
     common = list(_check_settings((), find(operator), settings, models, required=True))
@@ -104,8 +104,8 @@ def check(
     for i, rule in enumerate(rules):
         path = ("rules", i)
         name = rule.operator or operator
-        if name not in operators():
-            yield (*path, "operator"), f"unknown operator {name!r}", nearest(name, operators())
+        if not exists(name):
+            yield (*path, "operator"), f"unknown operator {name!r}", unknown(name, operators())
             continue
         for label in rule.models or ():
             if label not in models:

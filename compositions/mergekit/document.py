@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from portmanteau.merge.errors import Mistake, nearest
+from portmanteau.merge.errors import Mistake
 
 from ..recipe.lined import Lined, document_of
 from ..recipe.lines import Document, KeyPath
-from .merge import LATER, Merge
+from .merge import Merge
 from .references import References
+from .tokenizer import Tokenizer
 
 
 def is_mergekit(document: Document) -> bool:
@@ -80,48 +81,12 @@ class _Reader:
         key = "out_dtype" if value.get("out_dtype") is not None else "dtype"
         if value.get(key) is not None:
             output["dtype"] = Lined(value[key], (*path, key))
-        tokenizer = self._tokenizer(value, path)
+        tokenizer = Tokenizer(value, path, self._references, self.wrong).result()
         if tokenizer is not None:
             output["tokenizer"] = tokenizer
-        template = value.get("chat_template")
-        if isinstance(template, str) and (template == "auto" or "{" in template):
-            output["chat_template"] = Lined(template, (*path, "chat_template"))
-        elif template is not None:
-            hint = "write auto, or the Jinja text itself"
-            what = f"chat_template {template!r}: portmanteau carries no templates of its own"
-            self.wrong((*path, "chat_template"), what, hint)
+        if value.get("chat_template") is not None:
+            output["chat_template"] = Lined(value["chat_template"], (*path, "chat_template"))
         return output
-
-    def _tokenizer(self, value: Mapping[str, Any], path: KeyPath) -> Any:
-        """Give the model whose tokenizer the result gets."""
-        here: KeyPath = (*path, "tokenizer_source")
-        source = value.get("tokenizer_source")
-        given = value.get("tokenizer")
-        if given is not None:
-            here = (*path, "tokenizer")
-            if source is not None:
-                self.wrong(here, "tokenizer and tokenizer_source are both given", "leave out tokenizer_source")
-            if not isinstance(given, dict):
-                self.wrong(here, "is no mapping with the key `source`")
-                return None
-            known = ("source", "tokens", "pad_to_multiple_of")
-            for key in given:
-                if key not in known:
-                    self.wrong((*here, key), f"unknown key {key!r}", nearest(key, known))
-            for key in ("tokens", "pad_to_multiple_of"):
-                if given.get(key) is not None:
-                    self.wrong((*here, key), f"tokenizer: {key} is {LATER}", "vocabularies must be equal")
-            source, here = given.get("source", "union"), (*here, "source")
-        if source == "union":
-            self.wrong(here, f"a union of vocabularies is {LATER}", "name the model whose tokenizer is taken, or base")
-            return None
-        if source == "base":
-            if value.get("base_model") is None:
-                self.wrong(here, "the tokenizer of the base is asked for, and there is no base_model")
-                return None
-            source, here = value["base_model"], (*path, "base_model")
-        label = self._references.label(source, here) if source is not None else None
-        return Lined(label, here) if label is not None else None
 
     def _refuse_output(self, value: Mapping[str, Any], path: KeyPath) -> None:
         """Refuse what says how a stage is written: it never is."""

@@ -11,6 +11,7 @@ from ..recipe.lined import Lined, plain
 from ..recipe.lines import KeyPath
 from .methods import METHODS, Method
 from .parameters import Level, Parameters
+from .plugin_methods import hint, method_of
 from .references import References
 
 LATER = "not supported yet"
@@ -42,10 +43,10 @@ class Merge:
         known = [*_KEYS, "name"] if path else _KEYS
         self._unknown(value, known, path)
         name = value.get("merge_method")
-        if not isinstance(name, str) or name not in METHODS:
+        self._method: Method | None = method_of(name) if isinstance(name, str) else None
+        if self._method is None:
             what = f"unknown merge_method {name!r}" if name is not None else "lacks the key 'merge_method'"
-            self._wrong((*path, "merge_method"), what, nearest(str(name), METHODS), broken=True)
-        self._method: Method | None = METHODS.get(str(name))
+            self._wrong((*path, "merge_method"), what, hint(str(name)), broken=True)
         self._parameters = Parameters(str(name), self._method or METHODS["linear"], self._told)
         self._levels = [Level.of(value, path, self._wrong)]
         self._known(self._levels[0])
@@ -64,7 +65,19 @@ class Merge:
         key = given[0]
         if key == "modules":
             return self._modules(self._value[key], (*self._path, key), steps)
-        return self._part(self._value, self._path, self._levels, None)
+        return self._of_base(self._part(self._value, self._path, self._levels, None), steps)
+
+    def _of_base(self, merged: dict[str, Any], steps: dict[str, Any]) -> dict[str, Any]:
+        """Give a merge the base's config where the base is one of the models, and not the first."""
+        method = self._method
+        if method is None or method.takes_base != "no" or not method.in_order or method.operator not in merged:
+            return merged
+        if self._base is None or plain(merged[method.operator]["models"])[0] == self._base:
+            return merged
+        step = f"{self._prefix}{method.operator}-merged"
+        steps[step] = Lined(merged, (*self._path, "merge_method"))
+        donor = Lined(self._base, (*self._path, "base_model"))
+        return {"assemble": {"parts": {"*": Lined(step, (*self._path, "merge_method"))}, "donor": donor}}
 
     def _part(
         self, holder: Mapping[str, Any], path: KeyPath, levels: Sequence[Level], stack: str | None
@@ -79,7 +92,8 @@ class Merge:
         base, labels = self._base, [label for label, _, _ in entries]
         takes = self._method.takes_base if self._method else "no"
         if base is not None and base not in labels and takes in ("first", "no"):
-            entries = [(base, {}, (*self._path, "base_model")), *entries]
+            added: Entry = (base, {}, (*self._path, "base_model"))
+            entries = [*entries, added] if self._method and self._method.in_order else [added, *entries]
         body = self._body(entries, base, path, levels, base_given=base is not None)
         return {self._method.operator if self._method else "linear": body}
 
@@ -137,7 +151,8 @@ class Merge:
             lacks = "and it is not among the sources" if base_given else "and there is none"
             self._wrong(where, f"{self._parameters.name} needs its base_model, {lacks}")
         merged = [entry for entry in entries if not (apart and entry[0] == base)]
-        merged.sort(key=lambda entry: entry[0] != base)  # the base is the first of equals: what the others are added to
+        if method is None or not method.in_order:  # the base is the first of equals: what the others are added to
+            merged.sort(key=lambda entry: entry[0] != base)
         own: dict[str, Level] = {}
         for label, entry, place in entries:
             level = Level.of(entry, place, self._wrong)
@@ -146,6 +161,9 @@ class Merge:
         self._count(len(merged), path)
         places = {label: place for label, _, place in merged}
         common, of_each = self._parameters.settings(levels, {label: own[label] for label in places}, places)
+        if apart and base is not None:
+            of_base = [own[base]] if base in own else []
+            common |= self._parameters.of_base([*of_base, *levels], (*self._path, "base_model"))
         models = {label: Lined(_short(of_each[label]), place) for label, place in places.items()}
         body = {**({"base": base} if apart and base is not None else {}), "models": models, **common}
         if not any(of_each.values()):
@@ -230,10 +248,10 @@ class Merge:
         if self._method is not None:
             self._parameters.refuse_unknown(level, of_model=of_model, of_base=of_base)
 
-    def _told(self, path: KeyPath, what: str, hint: str = "") -> None:
+    def _told(self, path: KeyPath, what: str, hint: str = "", *, broken: bool = False) -> None:
         """Tell of a mistake in parameters, where the method is known."""
         if self._method is not None:
-            self._wrong(path, what, hint)
+            self._wrong(path, what, hint, broken=broken)
 
 
 def _short(settings: dict[str, Any]) -> Any:

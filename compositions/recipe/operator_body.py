@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from portmanteau.merge.errors import nearest
-from portmanteau.merge.registry import find, operators
+from portmanteau.merge.registry import exists, find
 
 from ..tensorwise import Rule, base_label, check
 from .lines import Document, KeyPath
@@ -97,7 +97,7 @@ def _arguments(
         for i, one in enumerate(body.rules)
     )
     findings = []
-    known = [*find(name).settings, *type(body).model_fields] if name in operators() else []
+    known = [*find(name).settings, *type(body).model_fields] if exists(name) else []
     for inner, what, hint in check(name, list(models), body.base is not None, settings, rules):
         misspelt = len(inner) == 1 and inner[0] in settings and what.endswith(f"has no setting {inner[0]!r}")
         findings.append(

@@ -10,7 +10,7 @@ from typing import Any
 from ..evaluate import Session
 from ..evaluate import conduct as conduct_by_torch
 from ..kernels import one_thread
-from ..node import Inputs, Node, Survey
+from ..node import Inputs, Node, Survey, sources
 from .arena import arena
 from .library import library
 from .making import Met, is_compiled, revisits
@@ -24,12 +24,14 @@ class Runs:
     Attributes:
         group: the tensors, those that meet together.
         session: the size of runs, and how many threads there are.
+        advance: is told how many bytes each run has.
         share: only so much of each run is read, from its beginning: one entry in so many.
 
     """
 
     group: tuple[Inputs, ...]
     session: Session
+    advance: Callable[[int], None]
     share: int = 1
 
     @property
@@ -45,23 +47,27 @@ class Runs:
     def runs(self) -> Iterator[Callable[[], tuple[Run]]]:
         """Give, run by run, what reads it; it is valid until this thread reads another."""
         for inputs in self.group:
-            for span in self.session.spans(inputs.models[0].output.entries):
+            entries = inputs.models[0].output.entries
+            nbytes = sum(source.spec.nbytes for node in inputs for source in sources(node))
+            for span in self.session.spans(entries):
                 count = -(-(span.stop - span.start) // self.share)
-                yield partial(self._read, inputs, slice(span.start, span.start + count))
+                yield partial(self._read, inputs, slice(span.start, span.start + count), nbytes * count // entries)
 
-    def _read(self, inputs: Inputs, span: slice) -> tuple[Run]:
+    def _read(self, inputs: Inputs, span: slice, nbytes: int) -> tuple[Run]:
         met = Met(inputs, self.session)
         met.settle(arena(met.size))
-        return (met.run(span),)
+        run = met.run(span)
+        self.advance(nbytes)
+        return (run,)
 
 
-def conduct(survey: Survey, session: Session) -> Any:
-    """Carry out a survey, by the compiled library where that can be."""
+def conduct(survey: Survey, session: Session, advance: Callable[[int], None] = lambda _: None) -> Any:
+    """Carry out a survey, by the compiled library where that can be. `advance` is told how many bytes each part has."""
     compiled = survey.compiled if library() is not None else None
     if compiled is None or not all(is_streamed(node, session) for node in survey):
         with one_thread():
-            return conduct_by_torch(survey, session)
-    groups = {key: Runs(group, session) for key, group in survey.groups.items()}
+            return conduct_by_torch(survey, session, advance)
+    groups = {key: Runs(group, session, advance) for key, group in survey.groups.items()}
     return compiled(groups, **survey.settings)
 
 
