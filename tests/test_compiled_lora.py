@@ -80,9 +80,9 @@ def test_a_change_of_minus_zero_leaves_the_zeros_of_the_base_as_they_are() -> No
     assert b"".join(map(bytes, making.made(step, Session()))) == tensors["base"].numpy().tobytes()
 
 
-@pytest.mark.parametrize("combine", ["cat", "svd"])
+@pytest.mark.parametrize("way", ["folded", "from an SVD", "in a step that goes through it twice"])
 def test_a_folded_model_is_the_same_with_and_without_the_library(
-    combine: str,
+    way: str,
     tmp_path: Path,
     save_tensors: Callable[[str, Mapping[str, Tensor]], Path],
     without_library: WithoutLibrary,
@@ -101,9 +101,10 @@ def test_a_folded_model_is_the_same_with_and_without_the_library(
     (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
     config = '{"peft_type": "LORA", "r": 4, "lora_alpha": 6, "target_modules": ["up_proj"]}'
     (folder / "adapter_config.json").write_text(config, encoding="utf-8")
-    made = compositions.lora(
-        base=merge.open(save_tensors("base", base)), adapters=[merge.open_adapter(folder)], combine=combine
-    )
+    one = merge.open(save_tensors("base", base))
+    made = compositions.lora(base=one, adapters=[merge.open_adapter(folder)], combine="svd" if "SVD" in way else "cat")
+    if "step" in way:
+        made = compositions.tensorwise("ties", models={"folded": made}, base=one)
     receipts = [merge.build(made, tmp_path / str(threads), threads=threads) for threads in (1, 2)]
     with without_library():
         receipts.append(merge.build(made, tmp_path / "without"))
