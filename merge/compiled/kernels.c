@@ -523,6 +523,7 @@ API WIDE void thinned_sum(
 
 #define TILE 16 /* columns, and four rows, that are multiplied at once in registers */
 typedef double lane __attribute__((vector_size(64)));
+#define EACH(x) ((lane){x, x, x, x, x, x, x, x})
 
 /* A matrix of factors: the entry (i, k) of its rank k lies at i · step + k · stride. */
 typedef struct {
@@ -562,12 +563,14 @@ API WIDE void low_rank(
             lane sums[4][TILE / 8];
             double values[4][TILE];
             for (int i = 0; i < 4; i++)
-                for (int j = 0; j < TILE / 8; j++) sums[i][j] = (lane){-0.0, -0.0, -0.0, -0.0, -0.0, -0.0, -0.0, -0.0};
+                for (int j = 0; j < TILE / 8; j++) sums[i][j] = EACH(-0.0);
             for (size_t k = 0; k < rank; k++) {
                 lane now[TILE / 8];
                 memcpy(now, columns + k * TILE, sizeof now);
-                for (int i = 0; i < 4; i++)
-                    for (int j = 0; j < TILE / 8; j++) sums[i][j] += factors[(row + (size_t)i) * rank + k] * now[j];
+                for (size_t i = 0; i < 4; i++) {
+                    double by = factors[(row + i) * rank + k];
+                    for (int j = 0; j < TILE / 8; j++) sums[i][j] += EACH(by) * now[j];
+                }
             }
             memcpy(values, sums, sizeof values);
             for (size_t i = 0; i < 4 && row + i < rows; i++) {
