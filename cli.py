@@ -159,7 +159,9 @@ def check(
 @app.command()
 def convert(recipe: Recipe, plugin: Plugin = None) -> None:
     """Print a mergekit YAML as a recipe of portmanteau's own, which builds the same bytes."""
-    _print(recipe_text.written(load(recipe).document.value).rstrip("\n"))
+    loaded = load(recipe)
+    _print(recipe_text.written(loaded.document.value).rstrip("\n"))
+    _notes(loaded.document.notes)
 
 
 @app.command()

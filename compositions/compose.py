@@ -38,7 +38,8 @@ def compose(recipe: Recipe, *, weights: bool = True) -> Composed | Surveyed:
 
     Raises RecipeError with every mistake found: models that cannot be opened, that do not fit, settings they refuse.
     """
-    return _Composer(recipe, weights).result()
+    made = _Composer(recipe, weights).result()
+    return made.noted(recipe.document.notes) if isinstance(made, Composed) else made
 
 
 class _Composer:

@@ -49,7 +49,8 @@ def match(models: Mapping[str, Checkpoint], reference: str, unmatched: str = "er
 
     Raises MergeError, with every mistake found: names that not all have, shapes or vocabularies that differ.
     """
-    names_of, notes = _aligned(models, reference)
+    names_of, renamings = _aligned(models, reference)
+    notes = [note for model in models.values() for note in getattr(model, "notes", ())] + renamings
     named = {
         label: {names_of[label][name]: model.node(name) for name in model.specs} for label, model in models.items()
     }
@@ -67,7 +68,7 @@ def match(models: Mapping[str, Checkpoint], reference: str, unmatched: str = "er
         verb = "kept from the first model that has them" if unmatched == "keep" else "left out"
         notes.append(f"{len(partial)} tensors that not every model has were {verb}: {some(partial)}")
     names = [name for name in every if name not in partial or unmatched == "keep"]
-    return Matching({name: _met(name, named, complete=name not in partial) for name in names}, tuple(notes))
+    return Matching({n: _met(n, named, complete=n not in partial) for n in names}, tuple(dict.fromkeys(notes)))
 
 
 def _aligned(models: Mapping[str, Checkpoint], reference: str) -> tuple[dict[str, dict[str, str]], list[str]]:

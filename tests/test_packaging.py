@@ -66,7 +66,12 @@ LAYERS = (  # a file imports only from layers above its own
     ("merge.describe",),
     ("merge.execute",),
     ("merge",),
-    ("compositions.composition", "compositions.recipe.lines", "compositions.mergekit.methods"),
+    (
+        "compositions.composition",
+        "compositions.components",
+        "compositions.recipe.lines",
+        "compositions.mergekit.methods",
+    ),
     ("compositions.recipe.lined", "compositions.recipe.reference", "compositions.restacked_config"),
     (
         "compositions.matching",
@@ -417,6 +422,20 @@ def test_the_sdist_makes_the_same_wheel(built: Path, tmp_path: Path) -> None:
     (unpacked,) = tmp_path.iterdir()
     run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path / "again"], unpacked)
     assert (tmp_path / "again" / wheel.name).read_bytes() == wheel.read_bytes()
+
+
+@pytest.mark.wheel
+def test_without_a_compiler_the_wheel_is_one_for_any_machine(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (unpacked,) = tmp_path.iterdir()
+    monkeypatch.setenv("CC", "false")
+    run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path / "pure"], unpacked)
+    (wheel,) = (tmp_path / "pure").iterdir()
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert not [name for name in contents(wheel) if name.endswith("kernels.native")]
 
 
 @pytest.mark.wheel

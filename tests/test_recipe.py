@@ -162,8 +162,13 @@ def test_a_model_is_assembled_from_parts_by_name(write: Write) -> None:
     merged = composed(write('merge: {assemble: {parts: {"*norm*": a, "*": b}}}'))
     assert (by_layer(merged), by_layer(merged, "input_norm.weight")) == ([3.0] * 4, [1.0] * 4)
     assert mistakes(write('merge: {assemble: {parts: {"*norm*": a, "*x*": b, "*.layers.*": b}}}')) == [
-        "1: assemble: no pattern fits lm_head.weight",
-        "1: assemble: '*x*' fits no tensor of b",
+        "1: assemble: no tensor belongs to '*x*'",
+        "1: assemble: no part takes lm_head.weight",
+    ]
+    by_component = composed(write("merge: {assemble: {parts: {layers: b, default: a}}}"))
+    assert by_layer(by_component) == [3.0] * 4
+    assert mistakes(write("merge: {assemble: {parts: {default: a, layers: b}}}")) == [
+        "1: assemble: parts before it take all that belongs to 'layers'"
     ]
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from portmanteau.merge import PortmanteauError
+from portmanteau.merge.dtypes import parse
 from portmanteau.merge.errors import Mistake
 
 from ..recipe.lined import Lined, document_of
@@ -28,7 +31,9 @@ def translated(document: Document) -> tuple[Document | None, list[Mistake]]:
     """
     reader = _Reader(document)
     value = reader.recipe()
-    return None if reader.broken else document_of(value, document), reader.mistakes
+    if reader.broken:
+        return None, reader.mistakes
+    return replace(document_of(value, document), notes=tuple(reader.notes)), reader.mistakes
 
 
 class _Reader:
@@ -36,6 +41,7 @@ class _Reader:
 
     def __init__(self, document: Document) -> None:
         self.mistakes: list[Mistake] = []
+        self.notes: list[str] = []
         self.broken = False
         self._document = document
         values = document.value if document.bundle else [document.value]
@@ -49,6 +55,10 @@ class _Reader:
         self.mistakes.append(Mistake(self._document.where(path), what, hint))
         self.broken |= broken
 
+    def note(self, path: KeyPath, what: str) -> None:
+        """Note what a user should know, and need not change."""
+        self.notes.append(f"line {self._document.line(path)}: {what}")
+
     def recipe(self) -> dict[str, Any]:
         """Write the recipe."""
         steps: dict[str, Any] = {}
@@ -59,7 +69,8 @@ class _Reader:
                 self.wrong(path, "is no mergekit document: a mapping with the key `merge_method`", broken=True)
                 continue
             name = value.get("name") if self._document.bundle else None
-            merged = Merge(value, path, self._references, self.wrong, "" if name is None else f"{name}-").result(steps)
+            prefix = "" if name is None else f"{name}-"
+            merged = Merge(value, path, self._references, self.wrong, self.note, prefix).result(steps)
             if name is None:
                 results.append((merged, (*path, "merge_method")))
                 output = self._output(value, path)
@@ -68,6 +79,7 @@ class _Reader:
             else:
                 steps[name] = Lined(merged, (*path, "merge_method"))
                 self._refuse_output(value, path)
+                self._note_dtypes(value, path, name)
         if len(results) != 1:
             what = "no document is without `name:`" if not results else "several documents are without `name:`"
             self.wrong(results[1][1] if results else (), what, "the one without it is the result", broken=True)
@@ -93,3 +105,19 @@ class _Reader:
         for key in ("tokenizer_source", "tokenizer", "chat_template"):
             if value.get(key) is not None:
                 self.wrong((*path, key), f"{key} of a stage: only the last document's result is written", "move it")
+
+    def _note_dtypes(self, value: Mapping[str, Any], path: KeyPath, name: str) -> None:
+        """Say that a stage is not rounded, whatever its dtype: it is computed in float32 and never written."""
+        for key in ("dtype", "out_dtype"):
+            if value.get(key) is None:
+                continue
+            try:
+                parse(str(value[key]))
+            except PortmanteauError as error:
+                self.wrong((*path, key), f"{key} is {value[key]!r}: {error.mistakes[0].what}", error.mistakes[0].hint)
+                continue
+            if value[key] != "float32":
+                where = f"line {self._document.line((*path, key))}"
+                self.notes.append(
+                    f"{where}: {key}: {value[key]} of the stage {name!r} has no effect: no stage is rounded"
+                )

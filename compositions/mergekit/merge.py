@@ -7,6 +7,7 @@ from typing import Any
 
 from portmanteau.merge.errors import nearest
 
+from ..components import REST
 from ..recipe.lined import Lined, plain
 from ..recipe.lines import KeyPath
 from .methods import METHODS, Method
@@ -14,28 +15,24 @@ from .parameters import Level, Parameters
 from .plugin_methods import hint, method_of
 from .references import References
 
-LATER = "not supported yet"
 Wrong = Callable[..., None]  # of (path, what, hint)
 Entry = tuple[str, Mapping[str, Any], KeyPath]  # a model's label, what stands beside it, and where
 _PARTS = ("models", "slices", "modules")
 _MERGE = (*_PARTS, "merge_method", "base_model", "parameters")
 _KEYS = (*_MERGE, "dtype", "out_dtype", "tokenizer_source", "tokenizer", "chat_template")
-# A module's name → the tensors that are its, and the stack of its layers.
-_MODULES: Mapping[str, tuple[str, str | None]] = {
-    "shared": ("shared.*|lm_head.*|proj_out.*|final_logits_bias", None),
-    "multi_modal_projector": ("*multi_modal_projector.*|*mm_projector.*|*connector.*", None),
-    "vision_tower": ("*vision_tower.*|*vision_model.*|visual.*|*.visual.*", "*vision*|*visual*"),
-    "vision_model": ("*vision_tower.*|*vision_model.*|visual.*|*.visual.*", "*vision*|*visual*"),
-    "text_decoder": ("*", "*language_model*|*text_model*|model.layers"),
-    "default": ("*", None),
-}
 
 
 class Merge:
     """Reads how one document merges."""
 
     def __init__(
-        self, value: Mapping[str, Any], path: KeyPath, references: References, wrong: Wrong, prefix: str
+        self,
+        value: Mapping[str, Any],
+        path: KeyPath,
+        references: References,
+        wrong: Wrong,
+        note: Callable[[KeyPath, str], None],
+        prefix: str,
     ) -> None:
         """Read the keys of a document that stands at `path`; its modules' steps are named with the prefix."""
         self._wrong, self._value, self._path, self._references = wrong, value, path, references
@@ -47,11 +44,12 @@ class Merge:
         if self._method is None:
             what = f"unknown merge_method {name!r}" if name is not None else "lacks the key 'merge_method'"
             self._wrong((*path, "merge_method"), what, hint(str(name)), broken=True)
-        self._parameters = Parameters(str(name), self._method or METHODS["linear"], self._told)
+        self._parameters = Parameters(str(name), self._method or METHODS["linear"], self._told, note)
         self._levels = [Level.of(value, path, self._wrong)]
         self._known(self._levels[0])
         base = value.get("base_model")
         self._base = references.label(base, (*path, "base_model")) if base is not None else None
+        self._first: str | None = None  # the first model that is named
 
     def result(self, steps: dict[str, Any]) -> dict[str, Any]:
         """Write one operator or composition; modules become steps beside it."""
@@ -80,14 +78,14 @@ class Merge:
         return {"assemble": {"parts": {"*": Lined(step, (*self._path, "merge_method"))}, "donor": donor}}
 
     def _part(
-        self, holder: Mapping[str, Any], path: KeyPath, levels: Sequence[Level], stack: str | None
+        self, holder: Mapping[str, Any], path: KeyPath, levels: Sequence[Level], module: str | None
     ) -> dict[str, Any]:
         """Write the `models` or the `slices` of a document or of a module."""
         if holder.get("models"):
-            return self._models(holder["models"], (*path, "models"), levels)
-        return self._slices(holder["slices"], (*path, "slices"), levels, stack)
+            return self._models(holder["models"], (*path, "models"), levels, module)
+        return self._slices(holder["slices"], (*path, "slices"), levels, module)
 
-    def _models(self, value: Any, path: KeyPath, levels: Sequence[Level]) -> dict[str, Any]:
+    def _models(self, value: Any, path: KeyPath, levels: Sequence[Level], module: str | None) -> dict[str, Any]:
         entries = self._entries(value, path, ("model", "parameters"))
         base, labels = self._base, [label for label, _, _ in entries]
         takes = self._method.takes_base if self._method else "no"
@@ -95,9 +93,10 @@ class Merge:
             added: Entry = (base, {}, (*self._path, "base_model"))
             entries = [*entries, added] if self._method and self._method.in_order else [added, *entries]
         body = self._body(entries, base, path, levels, base_given=base is not None)
-        return {self._method.operator if self._method else "linear": body}
+        only = {"only": module} if module is not None else {}
+        return {self._method.operator if self._method else "linear": {**body, **only}}
 
-    def _slices(self, value: Any, path: KeyPath, levels: Sequence[Level], stack: str | None) -> dict[str, Any]:
+    def _slices(self, value: Any, path: KeyPath, levels: Sequence[Level], module: str | None) -> dict[str, Any]:
         parts = []
         known = ("sources", "base_model", "parameters", "residual_weight")
         for i, one in enumerate(self._list(value, path)):
@@ -111,7 +110,7 @@ class Merge:
             if one.get("residual_weight") is not None:
                 self._wrong((*here, "residual_weight"), "residual_weight has no effect in mergekit", "leave it out")
             parts.append(Lined(self._slice(one, here, levels), here))
-        more: dict[str, Any] = {"stack": stack} if stack else {}
+        more: dict[str, Any] = {"only": module} if module is not None else {}
         if self._base is not None:
             more["donor"] = Lined(self._base, (*self._path, "base_model"))
         return {"slices": {"parts": parts, **more} if more else parts}
@@ -183,7 +182,6 @@ class Merge:
             self._wrong(path, "modules is no mapping from names to modules", broken=True)
             return {}
         parts: dict[str, Any] = {}
-        sliced = []
         for name, one in value.items():
             here = (*path, name)
             if not isinstance(one, dict) or bool(one.get("models")) == bool(one.get("slices")):
@@ -192,18 +190,14 @@ class Merge:
             self._unknown(one, ("models", "slices", "parameters"), here)
             level = Level.of(one, here, self._wrong)
             self._known(level)
-            pattern, stack = _MODULES.get(name, (f"{name}.*|*.{name}.*", name))
-            merged = self._part(one, here, [level, *self._levels], stack)
-            if len(value) == 1 and pattern == "*":
+            merged = self._part(one, here, [level, *self._levels], name if name != REST else None)
+            if list(value) == [REST]:
                 return merged
             steps[self._prefix + name] = Lined(merged, here)
-            parts[pattern] = Lined(self._prefix + name, here)
-            sliced += [name] if one.get("slices") else []
-        if len(sliced) > 1:
-            self._wrong((*path, sliced[1]), f"slices in several modules ({', '.join(sliced)}) are {LATER}")
-        ordered = dict(sorted(parts.items(), key=lambda part: part[0] == "*"))  # what takes the rest comes last
-        donor = {"donor": self._prefix + sliced[0]} if sliced else {}
-        return {"assemble": {"parts": ordered, **donor}}
+            parts[name] = Lined(self._prefix + name, here)
+        ordered = dict(sorted(parts.items(), key=lambda part: part[0] == REST))  # what takes the rest comes last
+        donor = self._base if self._base is not None else self._first
+        return {"assemble": Lined({"parts": ordered, **({"donor": donor} if donor is not None else {})}, path)}
 
     # ---- lists, keys and ranges
 
@@ -222,6 +216,7 @@ class Merge:
                 self._wrong((*here, "model"), f"{label} is listed twice", hint, broken=True)
             elif label is not None:
                 entries.append((label, one, here))
+                self._first = self._first or label
         return entries
 
     def _range(self, entry: Mapping[str, Any], path: KeyPath) -> Any:

@@ -36,20 +36,21 @@ class Level:
 
 @dataclass(frozen=True)
 class Parameters:
-    """The parameters of one method, and how mistakes in them are told."""
+    """The parameters of one method, and how mistakes in them, and what has no effect, are told."""
 
     name: str
     method: Method
     wrong: Wrong
+    note: Callable[[KeyPath, str], None]
 
     def refuse_unknown(self, level: Level, *, of_model: bool = False, of_base: bool = False) -> None:
-        """Refuse what the method does not know, or does not know of one model."""
+        """Refuse what the method does not know, or does not know of one model; note what the base does not need."""
         known = (*self.method.parameters, *self.method.without_effect)
         for key in level.values:
             if key not in known:
                 self.wrong((*level.path, key), f"{self.name} has no parameter {key!r}", nearest(key, known))
             elif of_base and key not in self.method.of_base:
-                self.wrong((*level.path, key), f"{key} of the base_model has no effect in {self.name}", "leave it out")
+                self.note((*level.path, key), f"{key} of the base_model has no effect in {self.name}")
             elif of_model and not of_base and key not in self.method.per_model | self.method.without_effect:
                 hint = "write it into the parameters of the slice or of the whole file"
                 self.wrong((*level.path, key), f"{key} is no matter of one model in {self.name}", hint)

@@ -34,13 +34,14 @@ _Loader.add_implicit_resolver(
 
 @dataclass(frozen=True)
 class Document:
-    """A parsed file: its values, and the line (from 1) of every key and list item."""
+    """A parsed file: its values, the line (from 1) of every key and list item, and what a user should know of it."""
 
     file: str
     text: str
     value: Any
     lines: Mapping[KeyPath, int]
     bundle: bool = False  # several documents: the value is their list
+    notes: tuple[str, ...] = ()
 
     def where(self, path: KeyPath) -> str:
         """Give `file:line` of a path of keys, or of the nearest thing around it; keys that may be left out may be."""

@@ -36,6 +36,7 @@ class OperatorBody(BaseModel):
     base: Reference | None = None
     rules: tuple[_RuleBody, ...] = ()
     unmatched: Literal["error", "keep", "drop"] = "error"
+    only: str | None = None
 
 
 class SliceBody(BaseModel):
@@ -80,7 +81,7 @@ def operator_arguments(
 ) -> tuple[dict[str, Any], list[Finding]]:
     """Turn an operator's body into the arguments of `tensorwise`, and find what is wrong with it."""
     found, findings = _arguments(name, body.models, body, path, document)
-    return {**found, "unmatched": body.unmatched}, findings
+    return {**found, "unmatched": body.unmatched, "only": body.only}, findings
 
 
 def _arguments(

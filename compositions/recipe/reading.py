@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, field_validator
 
 from portmanteau.merge import CheckpointError, PortmanteauError, RecipeError
-from portmanteau.merge.dtypes import parse
+from portmanteau.merge.dtypes import is_float, parse
 from portmanteau.merge.errors import Mistake, nearest
 from portmanteau.merge.files import places
 from portmanteau.merge.registry import exists, operators, unknown
@@ -45,9 +45,12 @@ class Output(_Strict):
     @classmethod
     def _known(cls, value: str | None) -> str | None:
         try:
-            return value and parse(value)
+            found = value and parse(value)
         except PortmanteauError as error:
             raise ValueError(f"{error.mistakes[0].what}; {error.mistakes[0].hint}") from error
+        if found and not is_float(found):
+            raise ValueError("weights are written as floats; what is no float is copied as it is")
+        return found
 
     @field_validator("chat_template")
     @classmethod

@@ -41,7 +41,20 @@ OWN = frozenset(
     ]
 )  # native here, under names of ours
 RESERVED = frozenset(
-    ["base", "count", "layers", "model", "models", "operator", "part", "rules", "streams", "tensors", "unmatched"]
+    [
+        "base",
+        "count",
+        "layers",
+        "model",
+        "models",
+        "only",
+        "operator",
+        "part",
+        "rules",
+        "streams",
+        "tensors",
+        "unmatched",
+    ]
 )
 _REGISTRY = "mergekit.merge_methods.registry"
 
