@@ -15,9 +15,9 @@ from torch import Tensor
 
 from portmanteau import compositions, merge
 from portmanteau.merge import MergeError
-from portmanteau.merge.compiled import library, surveying
+from portmanteau.merge.compiled import library, making, surveying
 from portmanteau.merge.evaluate import GRID, Session
-from portmanteau.merge.sparse import compiled_selection
+from portmanteau.merge.sparse import compiled_selection, selection
 from tests.conftest import WithoutLibrary
 
 MB = 1 << 20
@@ -119,6 +119,29 @@ def test_entries_are_selected_from_what_steps_make(
     with without_library():
         receipts.append(merge.build(made, tmp_path / "without"))
     assert receipts[0].outputs == receipts[1].outputs
+
+
+@pytest.mark.parametrize(
+    ("count", "radix"), [(2, False), (3, False), (3, True), (4, False), (4, True), (40, False), (40, True)]
+)
+def test_nan_and_infinity_count_as_the_largest_changes(
+    count: int, radix: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuned = torch.arange(100.0)
+    tuned[[7, 50, 51]], tuned[[3, 99]] = float("nan"), float("-inf")
+    models = {"base": merge.InMemory("base", {"w": torch.zeros(100)}), "tuned": merge.InMemory("tuned", {"w": tuned})}
+    made = compositions.extract_sparse(**models, count=count)
+    if radix:
+        monkeypatch.setattr(selection, "KEPT", 1)
+        monkeypatch.setattr(compiled_selection, "KEPT", 1)
+    first = [7, 50, 51, 3, 99, *range(98, 0, -1)]
+    expected = sorted([*dict.fromkeys(first)][:count])
+    for way in (compiled, by_torch):
+        assert made.settle(way(made)).read("w:indices").tolist() == expected
+    step = merge.make_plan(made.settle(compiled(made))).steps[0]
+    assert making.is_compiled(step, Session()) == (count > 3)  # not where the boundary itself is NaN
+    if count > 3:
+        assert b"".join(making.made(step, Session())) == torch.tensor(expected).numpy().tobytes()
 
 
 def test_more_entries_than_differ_are_refused_in_the_same_words(tmp_path: Path) -> None:

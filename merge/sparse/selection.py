@@ -69,17 +69,24 @@ def select(groups: Mapping[str, Parts], *, count: int, wide: bool = False) -> Se
 
 
 def chosen(deltas: Tensor, boundary: float, ties: int) -> Tensor:
-    """Tell which entries of one block are selected: bool [block]."""
+    """Tell which entries of one block are selected: bool [block]. NaN is larger than all numbers, by its bits."""
     import torch
 
     magnitude = deltas.abs()
-    if float(torch.tensor(boundary, dtype=deltas.dtype)) != boundary:  # found among fp64 tensors
+    if float(torch.tensor(boundary, dtype=deltas.dtype)) != boundary:  # found among fp64 tensors, or NaN
         magnitude = magnitude.double()
-    keep = magnitude > boundary
+    bits, limit = _bits(magnitude), _bits(torch.tensor(boundary, dtype=magnitude.dtype))
+    keep = bits > limit
     if ties:
-        equal = (magnitude == boundary).nonzero()[:ties, 0]
-        keep[equal] = True
+        keep[(bits == limit).nonzero()[:ties, 0]] = True
     return keep
+
+
+def _bits(magnitude: Tensor) -> Tensor:
+    """Give the bits of magnitudes, which order as these do."""
+    import torch
+
+    return magnitude.view(torch.int64 if magnitude.dtype == torch.float64 else torch.int32)
 
 
 Counts = dict[str, list[int]]  # tensor → a number for each of its blocks
@@ -196,7 +203,8 @@ def _by_radix(groups: Mapping[str, Parts], count: int, wide: bool) -> tuple[floa
 
     (cut,) = largest(stream, [count])
     assert cut is not None
-    found = list(over(groups, lambda deltas, _: _counted(deltas[0].to(kind).abs(), cut.value)))
+    limit = _bits(torch.tensor(cut.value, dtype=kind))
+    found = list(over(groups, lambda deltas, _: _counted(_bits(deltas[0].to(kind).abs()), limit)))
     ties = count - sum(sum(above) for _, (above, _) in found)
     counts, equals = empty(groups), empty(groups)
     for name, (above, same) in found:
@@ -204,9 +212,9 @@ def _by_radix(groups: Mapping[str, Parts], count: int, wide: bool) -> tuple[floa
     return cut.value, counts, equals
 
 
-def _counted(magnitude: Tensor, boundary: float) -> tuple[list[int], list[int]]:
+def _counted(bits: Tensor, limit: Tensor) -> tuple[list[int], list[int]]:
     """Count, in each block of a part, what lies above the boundary and what lies on it."""
     import torch
 
-    blocks = torch.split(magnitude, GRID) if len(magnitude) else ()
-    return [int((one > boundary).sum()) for one in blocks], [int((one == boundary).sum()) for one in blocks]
+    blocks = torch.split(bits, GRID) if len(bits) else ()
+    return [int((one > limit).sum()) for one in blocks], [int((one == limit).sum()) for one in blocks]
