@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from portmanteau import compositions, merge
-from portmanteau.merge import MergeError
+from portmanteau.merge import CheckpointError, MergeError
 from portmanteau.merge.compiled import library, making, surveying
 from portmanteau.merge.evaluate import GRID, Session
+from portmanteau.merge.node import copy_of
 from portmanteau.merge.sparse import compiled_selection, selection
+from portmanteau.merge.sparse.entries import selected
 from tests.conftest import WithoutLibrary
 
 MB = 1 << 20
@@ -142,6 +144,14 @@ def test_nan_and_infinity_count_as_the_largest_changes(
     assert making.is_compiled(step, Session()) == (count > 3)  # not where the boundary itself is NaN
     if count > 3:
         assert b"".join(making.made(step, Session())) == torch.tensor(expected).numpy().tobytes()
+
+
+def test_files_that_change_between_survey_and_making_are_found_out() -> None:
+    models = {"base": {"w": torch.zeros(70_000)}, "tuned": {"w": torch.zeros(70_000)}}
+    base, tuned = (merge.InMemory(name, tensors).node("w") for name, tensors in models.items())
+    indices, _ = selected("w", tuned, base, 0.5, counts=(2, 1), ties=(0, 0))
+    with pytest.raises(CheckpointError, match="tensor w: is not what it was when it was surveyed"):
+        list(making.made(copy_of(indices, indices.output, "w"), Session()))
 
 
 def test_more_entries_than_differ_are_refused_in_the_same_words(tmp_path: Path) -> None:

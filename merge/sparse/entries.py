@@ -55,7 +55,7 @@ def selected(
     made = []
     for part, kind in (("indices", "I64"), ("values", dtype)):
         spec = TensorSpec(f"{name}:{part}", kind, (offsets[-1],))
-        maker = _Selected(part, dtype, tuned.output.entries, boundary, offsets, tuple(ties))  # type: ignore[arg-type]
+        maker = _Selected(name, part, dtype, tuned.output.entries, boundary, offsets, tuple(ties))  # type: ignore[arg-type]
         narrow = dtype == "F32" and c_float(boundary).value == boundary
         made.append(Made(spec, maker, (tuned, base), compiled=_CompiledSelected(maker) if narrow else None))
     return made[0], made[1]
@@ -135,6 +135,7 @@ class _Restored:
 class _Selected:
     """Gives a run of the selected entries: finds the blocks in which they lie, and goes through those."""
 
+    name: str
     part: Literal["indices", "values"]
     dtype: str
     entries: int
@@ -185,10 +186,13 @@ class _CompiledSelected:
             tensors = (inputs.read(index, slice(start, stop)) for index in (_FIRST, _SECOND))
             ties = (c_int64 * (last - first))(*self.maker.ties[first:last])
             to = out + (begin - span.start) * size
-            functions().take_selected(
+            taken = functions().take_selected(
                 *(stop - start, *tensors, boundary, ties, start, begin - offsets[first], most),
                 *((to, None) if positions else (None, to)),
             )
+            if taken != most:
+                hint = "build again, and leave the files alone meanwhile"
+                raise CheckpointError(f"tensor {self.maker.name}", "is not what it was when it was surveyed", hint)
 
     def _stretches(self, span: slice, most: int) -> Iterator[tuple[int, int]]:
         """Give the first and the last block (exclusive) of stretches without empty blocks that meet a run."""
