@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -24,9 +25,16 @@ from portmanteau.compositions import (
     preflight,
     reference_page,
 )
+from portmanteau.compositions.one_off import options as one_off_options
+from portmanteau.compositions.one_off import starter
+from portmanteau.compositions.one_off.options import Option
+from portmanteau.compositions.one_off.written import one_off, recipe_beside, write_beside
 from portmanteau.compositions.recipe import text as recipe_text
+from portmanteau.compositions.reference import json_schema
+from portmanteau.compositions.reference import markdown as reference_markdown
 from portmanteau.merge import describe
 from portmanteau.merge.execute import MEMORY, Limits
+from portmanteau.merge.files.upload import Target, check_target, upload
 from portmanteau.merge.output import check_file
 from portmanteau.merge.plugins.discovery import announce
 from portmanteau.merge.shown import json_text, printable, printable_lines
@@ -68,6 +76,15 @@ def _announce(modules: list[str] | None) -> list[str] | None:
 
 _PLUGIN_HELP = "A module, or a .py file, that registers operators or mergekit methods; may be given again."
 Plugin = Annotated[list[str] | None, typer.Option("--plugin", metavar="MODULE", callback=_announce, help=_PLUGIN_HELP)]
+Push = Annotated[
+    str | None, typer.Option(metavar="ORG/NAME", help="Publish the result on the Hub, privately.", show_default=False)
+]
+Public = Annotated[bool, typer.Option("--public", help="Let everyone see what is published.")]
+
+
+def _names(incomplete: str) -> list[tuple[str, str]]:
+    """Complete the name of a composition or an operator."""
+    return [(one["name"], one["summary"]) for one in reference_page.overview() if one["name"].startswith(incomplete)]
 
 
 @app.command()
@@ -79,11 +96,15 @@ def build(
     force: Annotated[bool, typer.Option(help="Replace an earlier result.")] = False,
     plugin: Plugin = None,
     as_json: Json = False,
+    push: Push = None,
+    public: Public = False,
 ) -> None:
     """Plan and build: write the model that a recipe asks for."""
+    if push:
+        check_target(Target(push, public), force=force)
     ready = preflight(recipe, out, force=force)
     loaded, composed = ready.recipe, ready.composed
-    _notes(composed.notes)
+    _notes([*composed.notes, *describe.lacks(composed.companions)])
     if ready.bytes_to_download:
         _say(f"downloads {readable(ready.bytes_to_download)} from the Hub")
         composed = compose(loaded)
@@ -104,6 +125,20 @@ def build(
         _print_json({"out": str(out), **asdict(receipt)})
     else:
         _say(f"{out}: {len(receipt.outputs)} tensors in {receipt.seconds:.1f} s")
+    if push:
+        _say(f"published: {upload(out, Target(push, public))}")
+
+
+@app.command("push")
+def publish(
+    out: Annotated[Path, typer.Argument(help="A folder that `build` made.", show_default=False)],
+    repository: Annotated[str, typer.Argument(help="The repository on the Hub: ORG/NAME.", show_default=False)],
+    public: Public = False,
+    force: Annotated[bool, typer.Option(help="Replace what portmanteau did not build.")] = False,
+) -> None:
+    """Publish a finished result on the Hub, in a private repository unless --public says otherwise."""
+    check_target(Target(repository, public), force=force)
+    _say(f"published: {upload(out, Target(repository, public))}")
 
 
 @app.command()
@@ -132,7 +167,7 @@ def plan(
         f"reads {readable(summary['bytes_read'])}, writes {_most(made)}, "
         f"in flight at most {readable(summary['bytes_in_flight'])}"
     )
-    _notes(made.notes)
+    _notes([*made.notes, *describe.lacks(made.companions)])
 
 
 @app.command()
@@ -146,14 +181,15 @@ def check(
     """Check a recipe: its text, the headers of all checkpoints that it names, and the place of the result."""
     ready = preflight(recipe, out, force=force)
     made, download = ready.plan, ready.bytes_to_download
+    notes = (*made.notes, *describe.lacks(made.companions))
     if as_json:
         about = {"tensors": None if made.pending else len(made.steps), "bytes": made.bytes_written}
-        _print_json({**about, "bytes_to_download": download, "notes": made.notes})
+        _print_json({**about, "bytes_to_download": download, "notes": notes})
     else:
         count = "tensors that a survey will tell" if made.pending else f"{len(made.steps)} tensors"
         more = f", after a download of {readable(download)}" if download else ""
         _print(f"{recipe}: good; it makes {count}, {_most(made)}{more}")
-        _notes(made.notes)
+        _notes(notes)
 
 
 @app.command()
@@ -166,11 +202,22 @@ def convert(recipe: Recipe, plugin: Plugin = None) -> None:
 
 @app.command()
 def show(
-    name: Annotated[str | None, typer.Argument(help="An operator or a composition.", show_default=False)] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(help="An operator or a composition.", show_default=False, autocompletion=_names),
+    ] = None,
     plugin: Plugin = None,
     as_json: Json = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the whole reference, as Markdown.")] = False,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of recipes, for editors.")] = False,
 ) -> None:
     """Show the operators and compositions, or one of them with its settings, formula and source."""
+    if markdown:
+        _print(reference_markdown.page(typer.main.get_command(app)).rstrip("\n"))
+        return
+    if schema:
+        _print(json_schema.text().rstrip("\n"))
+        return
     if name is None:
         rows = reference_page.overview()
         if as_json:
@@ -182,7 +229,8 @@ def show(
     if as_json:
         _print_json(entry)
         return
-    _print(f"{entry['name']} ({entry['kind']})\n\n{entry['text']}\n\nsource: {entry['source']}\n")
+    _print(f"{entry['name']} ({entry['kind']})\n\n{entry['text']}\n\nsource: {entry['source']}")
+    _print(f"example: {entry['example']}\n" if entry["example"] else "")
     settings = [(s["name"], s["type"], s["default"], s["description"]) for s in entry["settings"]]
     _table(("setting", "type", "default", "meaning"), settings)
 
@@ -206,6 +254,126 @@ def inspect(
     if tensors:
         listed = [(r["name"], r["dtype"], str(r["shape"]), readable(r["bytes"])) for r in found["list"]]
         _table(("tensor", "dtype", "shape", "bytes"), listed)
+
+
+class _OneOffs(Mapping[str, Any]):
+    """The commands of `do`, one for each composition and operator, made from its declaration when it is asked for."""
+
+    def __getitem__(self, name: str) -> Any:
+        """Make the command of one of them."""
+        if name not in one_off_options.names():
+            raise KeyError(name)
+        only = typer.Typer(add_completion=False)
+        only.command(name, help=f"{one_off_options.summary(name)}\n\n`portmanteau show {name}` says more.")(
+            _doing(name)
+        )
+        return typer.main.get_command(only)
+
+    def __iter__(self) -> Iterator[str]:
+        """Go through their names."""
+        return iter(one_off_options.names())
+
+    def __len__(self) -> int:
+        """Count them."""
+        return len(one_off_options.names())
+
+
+class _DoGroup(typer.core.TyperGroup):
+    """The group whose commands are `_OneOffs`."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        self.commands = _OneOffs()  # type: ignore[assignment]  # typer only reads it
+
+
+app.add_typer(
+    typer.Typer(
+        cls=_DoGroup, no_args_is_help=True, help="Build from options: writes the recipe OUT.yaml and builds it."
+    ),
+    name="do",
+)
+
+
+def _doing(name: str) -> Any:
+    """Make the function behind `do NAME`, its parameters the options of NAME and those of every build."""
+
+    def do(
+        out: Annotated[Path, typer.Argument(help="The folder to make; its recipe is written as OUT.yaml.")],
+        dtype: Annotated[str | None, typer.Option(help="The dtype of the result, such as bfloat16.")] = None,
+        dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the recipe, and build nothing.")] = False,
+        force: Annotated[bool, typer.Option(help="Replace an earlier result, and its recipe.")] = False,
+        threads: Threads = None,
+        memory: Memory = MEMORY,
+        as_json: Json = False,
+        push: Push = None,
+        public: Public = False,
+        **given: Any,
+    ) -> None:
+        made = one_off(name, given, recipe_beside(out), {"dtype": dtype} if dtype else {})
+        made.check()
+        if dry_run:
+            _print(made.text.rstrip("\n"))
+            return
+        if push:
+            check_target(Target(push, public), force=force)
+        write_beside(made, out, force=force)
+        build(made.file, out, threads=threads, memory=memory, force=force, as_json=as_json, push=push, public=public)
+
+    declared = signature(do, eval_str=True)
+    place, *common = (one for one in declared.parameters.values() if one.kind is not one.VAR_KEYWORD)
+    own = map(_parameter, one_off_options.options(name))
+    of_build = (one.replace(kind=Parameter.KEYWORD_ONLY) for one in common)
+    do.__signature__ = declared.replace(parameters=[place, *own, *of_build])  # type: ignore[attr-defined]
+    do.__annotations__ = {}
+    return do
+
+
+def _parameter(option: Option) -> Parameter:
+    """Make the parameter that typer reads an option from."""
+    annotated: Any = Annotated
+    kind: Any = list[str] if option.repeats else bool if option.kind == "flag" else str
+    told = typer.Option(
+        *([f"{option.flag}/--no-{option.flag[2:]}"] if option.kind == "flag" else option.spellings),
+        help=option.help.replace("[", "\\["),
+        metavar=None if option.kind == "flag" else option.metavar,
+        show_default=False,
+    )
+    default = Parameter.empty if option.required else None
+    annotation = annotated[kind if option.required else kind | None, told]
+    return Parameter(option.key, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+@app.command()
+def new(
+    recipe: Annotated[Path, typer.Argument(help="The recipe to write.")] = Path("recipe.yaml"),
+    kind: Annotated[
+        str | None,
+        typer.Option(help="What is to be done: a composition or an operator.", autocompletion=_names),
+    ] = None,
+    models: Annotated[list[str] | None, typer.Option("--model", help="A model: folder, file or Hub id.")] = None,
+    base: Annotated[str | None, typer.Option(help="The model that the others were trained from.")] = None,
+    force: Annotated[bool, typer.Option(help="Replace an existing recipe.")] = False,
+) -> None:
+    """Write a first recipe, asking for what is not named, and the schema by which editors help with it."""
+    schema = recipe.with_name(starter.SCHEMA)
+    check_file(recipe, force=force)
+    check_file(schema, force=force or json_schema.is_ours(schema))
+    if kind is None:
+        _say(f"known: {', '.join(starter.names())}")
+        kind = typer.prompt("What is to be done", default="linear", err=True)
+    asked = models or list(iter(_asked_model, ""))
+    if base is None and not models and starter.needs_base(kind):
+        base = typer.prompt("The base that they were trained from", err=True)
+    made = starter.starter(kind, asked, base, recipe)
+    recipe.write_text(made.text, encoding="utf-8")
+    schema.write_text(json_schema.text(), encoding="utf-8")
+    _say(f"{recipe} and {starter.SCHEMA} written; next: portmanteau check {recipe}")
+
+
+def _asked_model() -> str:
+    """Ask for one more model."""
+    named: str = typer.prompt("A model (enter ends)", default="", show_default=False, err=True)
+    return named
 
 
 @app.command()

@@ -22,7 +22,10 @@ from .restacked_config import Origin, is_true_of, restacked
 _WORD = re.compile(r"\w+(\.\w+)*")
 
 
-@composition(source="mergekit 0.1.5 `modules`")
+@composition(
+    source="mergekit 0.1.5 `modules`",
+    example='assemble: {parts: {"*mlp*": ./math, "*": ./base}}',
+)
 def assemble(
     *,
     parts: Annotated[
@@ -44,6 +47,14 @@ def assemble(
     `encoder`, `decoder`, `shared` (what belongs to neither), `default` (the rest), or a word of the names.
     The config is the donor's, made true to the layers that parts bring along; otherwise they must not change what it
     says of them.
+
+    >>> import torch
+    >>> from portmanteau.merge import InMemory
+    >>> named = {"m": torch.tensor([2]), "b": torch.tensor([1])}
+    >>> math, base = (InMemory(label, {"mlp": value, "norm": value}) for label, value in named.items())
+    >>> made = assemble(parts={"mlp*": math, "*": base})
+    >>> made["mlp"], made["norm"]
+    (tensor([2]), tensor([1]))
 
     Raises MergeError where a tensor fits no part, where a part fits none, and where vocabularies differ.
     """

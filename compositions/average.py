@@ -34,7 +34,8 @@ class Exponential:
 
 
 @composition(
-    source="Schmidt et al. 2023 (arXiv 2305.16834), checkpoint and run averaging; fdschmidt93/free-lunch-xlt at 0d4a647"
+    source="Schmidt et al. 2023 (arXiv 2305.16834), checkpoint and run averaging; fdschmidt93/free-lunch-xlt, 0d4a647",
+    example="average: {models: run/checkpoint-*, skip_first: 0.1}",
 )
 def average(
     *,
@@ -71,6 +72,12 @@ def average(
 
     `first_runs` with `shuffle_runs` is one point of an accumulative average (Schmidt et al. 2023b, arXiv 2310.10532):
     a seed has one order of the runs, and a larger number takes more of the same order. See `accumulative_averages`.
+
+    >>> import torch
+    >>> from portmanteau.merge import InMemory
+    >>> first, last = (InMemory(name, {"weight": torch.tensor([x])}) for name, x in (("first", 2.0), ("last", 4.0)))
+    >>> average(models=[first, last], weights=[1, 3])["weight"]
+    tensor([3.5000])
 
     Raises MergeError for snapshots that do not fit, weights of another number, or nothing left to average.
     """

@@ -26,7 +26,10 @@ _LOAD = "it loads with model.load_adapter(FOLDER, use_safetensors=True)"
 _FORM = Form(WEIGHTS, library=LIBRARY, title="A merged bottleneck adapter")
 
 
-@composition(source="AdapterHub's adapters 1.3.0, `average_adapter`, combine_strategy linear")
+@composition(
+    source="AdapterHub's adapters 1.3.0, `average_adapter`, combine_strategy linear",
+    example="average_adapters: {adapters: {./ner-1: 3, ./ner-2: 1}, name: ner}",
+)
 def average_adapters(
     *,
     adapters: Annotated[

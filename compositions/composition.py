@@ -18,11 +18,12 @@ F = TypeVar("F", bound=Callable[..., Composed | Surveyed])
 
 @dataclass(frozen=True)
 class Composition:
-    """A registered composition: the function and its source."""
+    """A registered composition: the function, its source, and an example of it in a recipe."""
 
     name: str
     compose: Callable[..., Composed | Surveyed]
     source: str
+    example: str
 
     @cached_property
     def parameters(self) -> Mapping[str, tuple[Any, Any]]:
@@ -40,14 +41,15 @@ class Composition:
 _REGISTRY: dict[str, Composition] = {}
 
 
-def composition(*, source: str) -> Callable[[F], F]:
+def composition(*, source: str, example: str) -> Callable[[F], F]:
     """Register a function as the composition of its name, and hand it back unchanged.
 
     Its keyword-only parameters are its keys in a recipe; Checkpoint, Adapter, Bottleneck in annotations are references.
+    `source` is the paper and section, or the reference code at a commit; `example` what a recipe's `merge` may be.
     """
 
     def register(function: F) -> F:
-        _REGISTRY[function.__name__] = Composition(function.__name__, function, source)
+        _REGISTRY[function.__name__] = Composition(function.__name__, function, source, example)
         return function
 
     return register

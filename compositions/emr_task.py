@@ -17,7 +17,10 @@ from .matching import Unmatched
 from .tensorwise import tensorwise
 
 
-@composition(source="Huang et al. 2024 (arXiv 2405.17461), section 3.2; harveyhuang18/EMR_Merging at cc225ec")
+@composition(
+    source="Huang et al. 2024 (arXiv 2405.17461), section 3.2; harveyhuang18/EMR_Merging at cc225ec",
+    example="emr_task: {base: ./base, task: ./math, others: [./swahili, ./code]}",
+)
 def emr_task(
     *,
     base: Annotated[Checkpoint, Field(description="the model that all others were trained from")],

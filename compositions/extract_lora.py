@@ -38,7 +38,10 @@ TABLE = "energy.csv"
 Change = Mapping[str, Any]
 
 
-@composition(source="Eckart and Young 1936; for large matrices Halko, Martinsson and Tropp 2011, algorithm 4.4")
+@composition(
+    source="Eckart and Young 1936; for large matrices Halko, Martinsson and Tropp 2011, algorithm 4.4",
+    example="extract_lora: {base: ./base, tuned: ./math, rank: 32}",
+)
 def extract_lora(
     *,
     base: Annotated[Checkpoint, Field(description="the model that was trained")],

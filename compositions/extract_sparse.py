@@ -28,7 +28,8 @@ _ENTRY = 8 + 8  # the most bytes that a position and its value take
 
 
 @composition(
-    source="Ansell et al. 2022 (arXiv 2110.07560), section 3.1: the selection; cambridgeltl/composable-sft at 29f7872"
+    source="Ansell et al. 2022 (arXiv 2110.07560), section 3.1: the selection; cambridgeltl/composable-sft at 29f7872",
+    example="extract_sparse: {base: ./base, tuned: ./math, density: 0.08}",
 )
 def extract_sparse(
     *,

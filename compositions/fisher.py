@@ -21,7 +21,10 @@ from .matching import Met, Unmatched, match
 Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-@composition(source="Matena and Raffel 2022 (arXiv 2111.09832), section 3.2")
+@composition(
+    source="Matena and Raffel 2022 (arXiv 2111.09832), section 3.2",
+    example="fisher: {models: [./math, ./swahili], fishers: [./math-fisher, ./swahili-fisher]}",
+)
 def fisher(
     *,
     models: Annotated[Sequence[Checkpoint], Field(description="the models that are merged")],
@@ -41,6 +44,15 @@ def fisher(
     were computed over different numbers of examples, `weights` brings them together. Tensors that are no floats must be
     equal in all models. A float tensor of which no model has a Fisher is averaged with the weights alone; one of which
     only some have is refused.
+
+    >>> import torch
+    >>> from portmanteau.merge import InMemory
+    >>> math, swahili, of_math, of_swahili = (
+    ...     InMemory(name, {"weight": torch.tensor([value])})
+    ...     for name, value in (("m", 2.0), ("s", 4.0), ("fm", 3.0), ("fs", 1.0))
+    ... )
+    >>> fisher(models=[math, swahili], fishers=[of_math, of_swahili])["weight"]  # (3 · 2 + 1 · 4) / 4
+    tensor([2.5000])
 
     Raises MergeError, with every mistake found, for other counts, names and shapes.
     """

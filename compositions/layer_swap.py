@@ -23,7 +23,8 @@ from .zones import Asked, ByModule, Count, Modules, Share, Stacks, Transition, Z
 
 
 @composition(
-    source="Bandarkar et al. 2024 (arXiv 2410.01335), section 4.2; revert and module forms: 2505.18356, 2601.22620"
+    source="Bandarkar et al. 2024 (arXiv 2410.01335), section 4.2; revert and module forms: 2505.18356, 2601.22620",
+    example="layer_swap: {task: ./math, language: ./swahili, bottom: 3, top: 1}",
 )
 def layer_swap(
     *,
@@ -64,6 +65,14 @@ def layer_swap(
     layer's matrices): the one that leads by more than `threshold` gives the layer, else both are mixed by `blend`. With
     `by: module`, attention and mlp of each layer are compared apart, by √Σ (‖Δ‖/‖base‖)² over their matrices; the norms
     beside them are the language expert's.
+
+    >>> import torch
+    >>> from portmanteau.merge import InMemory
+    >>> names = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(5)]
+    >>> math, swahili = (InMemory(x, {name: torch.tensor([y]) for name in names}) for x, y in (("m", 2.0), ("s", 4.0)))
+    >>> swapped = layer_swap(task=math, language=swahili, bottom=1, top=1)
+    >>> [swapped[name].item() for name in names]
+    [4.0, 3.0, 2.0, 3.0, 4.0]
 
     Raises MergeError for models that do not fit, shared layers, or more layers asked for than there are.
     """

@@ -32,7 +32,8 @@ Weight = Annotated[float, Field(allow_inf_nan=False)]
 
 
 @composition(
-    source="Hu et al. 2022 (arXiv 2106.09685), section 4.1; files, scaling, DoRA and ways to combine as in peft 0.21.2"
+    source="Hu et al. 2022 (arXiv 2106.09685), section 4.1; files, scaling, DoRA and ways to combine as in peft 0.21.2",
+    example="lora: {base: ./base, adapters: {./swahili-lora: 1.0, ./math-lora: 0.7}}",
 )
 def lora(
     *,

@@ -57,7 +57,7 @@ def match(models: Mapping[str, Checkpoint], reference: str, unmatched: str = "er
     every = list(dict.fromkeys(name for label in (reference, *models) for name in named[label]))
     partial = {name: [label for label in models if name not in named[label]] for name in every}
     partial = {name: lacking for name, lacking in partial.items() if lacking}
-    mistakes = _different_depths(models, names_of)
+    mistakes = _nothing_shared(models, named, reference) or _different_depths(models, names_of)
     if unmatched == "error" and not mistakes:
         mistakes += _missing(models, partial)
     mistakes += _different_shapes(named, every)
@@ -93,6 +93,27 @@ def _met(name: str, named: Mapping[str, Mapping[str, Node]], *, complete: bool) 
     return Met(replace(first, name=name, dtype=dtype), nodes, complete)
 
 
+def _nothing_shared(
+    models: Mapping[str, Checkpoint], named: Mapping[str, Mapping[str, Node]], reference: str
+) -> list[Mistake]:
+    """Find models of another architecture: no tensor is called as one of the reference's is."""
+    own = named[reference].keys()
+    hint = "models can be merged tensor by tensor where they were trained from one base"
+    return [
+        Mistake(
+            "", f"{label} has no tensor in common with {reference}: {_kind(model)} and {_kind(models[reference])}", hint
+        )
+        for label, model in models.items()
+        if own and model.specs and own.isdisjoint(named[label])
+    ]
+
+
+def _kind(model: Checkpoint) -> str:
+    """Name a model's architecture: as its config does, else by its first tensor."""
+    found = (model.companions.config or {}).get("architectures")
+    return str(found[0]) if isinstance(found, list) and found else f"tensors such as {next(iter(model.specs))}"
+
+
 def _different_depths(models: Mapping[str, Checkpoint], names_of: Mapping[str, Mapping[str, str]]) -> list[Mistake]:
     """Compare the layer counts of stacks that several models have. Layers are never kept or dropped as leftovers."""
     counts = {label: _depths(model, names_of[label]) for label, model in models.items()}
@@ -118,7 +139,7 @@ def _missing(models: Mapping[str, Checkpoint], partial: Mapping[str, list[str]])
     for label in models:
         names = [name for name, lacking in partial.items() if label in lacking]
         if names:
-            tied = [name for name in names if matches(HEADS, name)]
+            tied = [name for name in names if matches(HEADS, name)] if len(names) < 3 else []
             hint = f"its {tied[0]} is tied to the embedding, others have one of their own; {_KEEP}" if tied else _KEEP
             mistakes.append(Mistake("", f"{label} lacks {len(names)} tensors that others have: {some(names)}", hint))
     return mistakes

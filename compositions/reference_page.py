@@ -11,13 +11,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic.fields import FieldInfo
 
-from portmanteau.merge import Adapter, Bottleneck, Checkpoint, RecipeError, SparseFineTune
-from portmanteau.merge.operator import Setting
+from portmanteau.merge import Adapter, Bottleneck, Checkpoint, Operator, RecipeError, SparseFineTune
+from portmanteau.merge.operator import Setting, bound
 from portmanteau.merge.registry import exists, find, operators, unknown, with_plugins
 
 from .composition import Composition, compositions
 
-_NAMES = {Checkpoint: "model", Adapter: "adapter", Bottleneck: "bottleneck adapter", SparseFineTune: "sparse fine-tune"}
+NAMES = {Checkpoint: "model", Adapter: "adapter", Bottleneck: "bottleneck adapter", SparseFineTune: "sparse fine-tune"}
 
 
 def overview() -> list[dict[str, str]]:
@@ -32,7 +32,8 @@ def entry(name: str) -> dict[str, Any]:
     if name in compositions():
         made = compositions()[name]
         settings = [_key(key, annotation, default) for key, (annotation, default) in made.parameters.items()]
-        return {"name": name, "kind": "composition", "text": _text(made), "source": made.source, "settings": settings}
+        about = {"text": _text(made), "source": made.source, "example": made.example}
+        return {"name": name, "kind": "composition", **about, "settings": settings}
     if not exists(name):
         raise RecipeError("", f"no operator or composition {name!r}", unknown(name, [*compositions(), *operators()]))
     operator = find(name)
@@ -40,7 +41,17 @@ def entry(name: str) -> dict[str, Any]:
     text = inspect.getdoc(operator.apply) or ""
     base = {"needs_base": operator.needs_base, "takes_base": operator.takes_base}
     takes = {"takes": operator.roles, **base, "models": operator.takes}
-    return {"name": name, "kind": "operator", "text": text, "source": operator.source, "settings": settings, **takes}
+    about = {"text": text, "source": operator.source, "example": _example(operator)}
+    return {"name": name, "kind": "operator", **about, "settings": settings, **takes}
+
+
+def _example(operator: Operator) -> str:
+    """Write the shortest body of an operator; nothing for one that recipes do not name."""
+    if "importances" in operator.roles:
+        return ""
+    models = "[./math]" if operator.takes == 1 else "[./math, ./swahili]"
+    base = "base: ./base, " if operator.needs_base else ""
+    return f"{operator.name}: {{{base}models: {models}}}"
 
 
 def _text(made: Composition) -> str:
@@ -54,31 +65,34 @@ def _setting(setting: Setting) -> dict[str, str]:
 
 
 def _key(name: str, annotation: Any, default: Any) -> dict[str, str]:
-    description = ""
-    if typing.get_origin(annotation) is Annotated:
-        fields = typing.get_args(annotation)[1:]
-        description = next((f.description for f in reversed(fields) if isinstance(f, FieldInfo) and f.description), "")
     shown = "" if default is inspect.Parameter.empty or default is None else str(default)
-    return {"name": name, "type": _type(annotation), "default": shown, "description": description}
+    return {"name": name, "type": type_name(annotation), "default": shown, "description": description(annotation)}
 
 
-def _type(annotation: Any) -> str:
-    """Write a type for people: `model`, `int`, `{bottom, top}`, `language | task`."""
+def description(annotation: Any) -> str:
+    """Give what an annotation says of its meaning."""
+    fields = typing.get_args(annotation)[1:] if typing.get_origin(annotation) is Annotated else ()
+    return next((f.description for f in reversed(fields) if isinstance(f, FieldInfo) and f.description), "")
+
+
+def type_name(annotation: Any) -> str:
+    """Write a type for people, with its bounds: `model`, `int, ≥ 0`, `{bottom, top}`, `language | task`."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if annotation in _NAMES:
-        return _NAMES[annotation]
+    if annotation in NAMES:
+        return NAMES[annotation]
     if hasattr(annotation, "recipe_form"):
         return "{" + ", ".join(annotation.recipe_form.model_fields) + ", settings of the operator}"
     if origin is Annotated:
-        return _type(arguments[0])
+        bounds = (bound(piece) for field in arguments[1:] for piece in getattr(field, "metadata", ()))
+        return ", ".join([type_name(arguments[0]), *filter(None, bounds)])
     if origin is Literal:
         return " | ".join(map(str, arguments))
     if origin in (typing.Union, types.UnionType):
-        return " | ".join(_type(one) for one in arguments if one is not type(None))
+        return " | ".join(type_name(one) for one in arguments if one is not type(None))
     if origin is not None and issubclass(origin, Mapping):
-        return f"{{{_type(arguments[0])}: {_type(arguments[1])}}}"
+        return f"{{{type_name(arguments[0])}: {type_name(arguments[1])}}}"
     if origin in (Sequence, list):
-        return f"[{_type(arguments[0])}, …]"
+        return f"[{type_name(arguments[0])}, …]"
     if dataclasses.is_dataclass(annotation):
         return "{" + ", ".join(field.name for field in dataclasses.fields(annotation)) + "}"
     return str(getattr(annotation, "__name__", annotation))

@@ -17,7 +17,10 @@ from .matching import match
 from .sparse_fine_tune import OtherBase, fit
 
 
-@composition(source="Ansell et al. 2022 (arXiv 2110.07560); composable-sft's `revert` subtracts, which rounds")
+@composition(
+    source="Ansell et al. 2022 (arXiv 2110.07560); composable-sft's `revert` subtracts, which rounds",
+    example="revert_sparse: {tuned: ./math, base: ./base, diffs: [./math-sparse]}",
+)
 def revert_sparse(
     *,
     tuned: Annotated[Checkpoint, Field(description="the model to take them out of")],

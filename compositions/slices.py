@@ -66,7 +66,10 @@ class Slice:
         return Job(tuple(self.models), base, self.operator, self.settings, tuple(self.rules), self.why)
 
 
-@composition(source="layer stacking as in mergekit 0.1.5 (`slices`, `passthrough`); Kim et al. 2023 (arXiv 2312.15166)")
+@composition(
+    source="layer stacking as in mergekit 0.1.5 (`slices`, `passthrough`); Kim et al. 2023 (arXiv 2312.15166)",
+    example="slices: [{model: ./math, layers: [0, 16]}, {model: ./swahili, layers: [8, 24]}]",
+)
 def slices(
     *,
     parts: Annotated[Sequence[Slice], Field(description="the slices, from the bottom of the stack to its top")],
@@ -95,6 +98,14 @@ def slices(
     anew. Embeddings, and what the first layer alone has (T5's table of relative positions), are made as the first
     slice's layers are, final norm and heads as the last one's (gradients at their first value), or all taken from
     `outside`. The config is made true: the number of layers, and every list that has an entry for each layer.
+
+    >>> import torch
+    >>> from portmanteau.merge import InMemory
+    >>> names = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(2)]
+    >>> a, b = (InMemory(x, {name: torch.tensor([y]) for name in names}) for x, y in (("a", 2), ("b", 4)))
+    >>> stacked = slices(parts=[Slice({"a": a}, (0, 2)), Slice({"b": b}, (1, 2))])
+    >>> {name: stacked[name].item() for name in stacked if ".2." in name or ".0." in name}
+    {'model.layers.0.mlp.up_proj.weight': 2, 'model.layers.2.mlp.up_proj.weight': 4}
 
     Raises MergeError for models that do not fit, ranges beyond their layers, and a config that cannot be made true.
     """

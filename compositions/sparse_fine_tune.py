@@ -39,7 +39,8 @@ class Term:
 
 
 @composition(
-    source="Ansell et al. 2022 (arXiv 2110.07560), section 3.2: θ + φ_task + φ_language; composable-sft at 29f7872"
+    source="Ansell et al. 2022 (arXiv 2110.07560), section 3.2: θ + φ_task + φ_language; composable-sft at 29f7872",
+    example="sparse_fine_tune: {base: ./base, diffs: [./math-sparse, ./swahili-sparse]}",
 )
 def sparse_fine_tune(
     *,

@@ -26,7 +26,10 @@ _NOTE = (
 )
 
 
-@composition(source="Pfeiffer et al. 2020 (arXiv 2005.00052), MAD-X; folders as adapters 1.3.0 `save_adapter_setup`")
+@composition(
+    source="Pfeiffer et al. 2020 (arXiv 2005.00052), MAD-X; folders as adapters 1.3.0 `save_adapter_setup`",
+    example="stack_adapters: {language: ./swahili, task: ./ner}",
+)
 def stack_adapters(
     *,
     language: Annotated[Bottleneck, Field(description="the adapter that comes first: folder or Hub id")],

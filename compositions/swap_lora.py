@@ -25,7 +25,8 @@ _WHOLE = "swap whole models instead: give each expert as a model with `lora:`, a
 
 
 @composition(
-    source="Bandarkar et al. 2024 (arXiv 2410.01335), section 4.2, on the changes of two LoRA adapters over one base"
+    source="Bandarkar et al. 2024 (arXiv 2410.01335), section 4.2, on the changes of two LoRA adapters over one base",
+    example="swap_lora: {task: ./math-lora, language: ./swahili-lora, bottom: 5, top: 2, layers: 32}",
 )
 def swap_lora(
     *,

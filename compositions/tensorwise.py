@@ -69,6 +69,12 @@ def tensorwise(
         unmatched: `error`, `keep` or `drop` tensors that not every model has.
         only: merge one component of the models, such as `text_decoder`, and leave the others out: for `assemble`.
 
+    >>> import torch
+    >>> from portmanteau.merge import InMemory
+    >>> base, math = (InMemory(x, {"weight": torch.tensor([y])}) for x, y in (("base", 1.0), ("math", 3.0)))
+    >>> tensorwise("task_arithmetic", models={"math": math}, base=base, settings={"weight": 0.5})["weight"]
+    tensor([2.])
+
     Raises MergeError with all mistakes found: settings, names, shapes.
     """
     mistakes = list(check(operator, list(models), base is not None, settings or {}, rules))

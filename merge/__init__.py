@@ -6,11 +6,12 @@ from .adapters.bottleneck import Bottleneck, open_bottleneck
 from .checkpoint import Checkpoint
 from .composed import Composed
 from .errors import CheckpointError, MergeError, OutputError, PortmanteauError, RecipeError
-from .execute import Progress, build
+from .execute import build
 from .in_memory import InMemory
 from .node import Source, Step, Survey
 from .operator import Operator, operator
 from .plan import Plan, make_plan
+from .progress import Progress
 from .receipt import Receipt
 from .sparse.file import SparseFineTune, open_sparse
 from .stored import StoredCheckpoint, open

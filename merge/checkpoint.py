@@ -7,11 +7,13 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
 
+from . import notebook
 from .companions import Companions, true_config
 from .errors import CheckpointError, some
-from .names import Layers
+from .names import Layers, Stack
 from .node import Node
 from .tensor_spec import TensorSpec
+from .units import readable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,6 +64,28 @@ class Checkpoint(ABC):
     def __repr__(self) -> str:
         """Kind, label and size."""
         return f"<{type(self).__name__} {self.label}: {len(self)} tensors, {self.nbytes / 1e6:.1f} MB>"
+
+    def _repr_html_(self) -> str:
+        """A table of the stacks of layers and what is outside them, for notebooks."""
+        groups: dict[Stack | None, list[TensorSpec]] = {}
+        for name, spec in self.specs.items():
+            place = self.layers.place(name)
+            groups.setdefault(place.stack if place else None, []).append(spec)
+        rows = [
+            (
+                stack.prefix if stack else "outside the layers",
+                stack.count if stack else "",
+                len(specs),
+                readable(sum(spec.nbytes for spec in specs)),
+                ", ".join(sorted({spec.dtype for spec in specs})),
+            )
+            for stack, specs in groups.items()
+        ]
+        return notebook.table(repr(self)[1:-1], ("where", "layers", "tensors", "bytes", "dtypes"), rows)
+
+    def _ipython_key_completions_(self) -> list[str]:
+        """Complete tensor names in `checkpoint["…`."""
+        return list(self.specs)
 
     @cached_property
     def layers(self) -> Layers:

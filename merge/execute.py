@@ -25,8 +25,10 @@ from .errors import OutputError
 from .evaluate import GRID, LARGEST_PART, Evaluation, Session
 from .kernels import one_thread
 from .node import Inputs, Made, Node, Source, Step, Survey
+from .notebook import default_progress
 from .output import check_place, published
 from .plan import Plan, make_plan
+from .progress import Progress
 from .receipt import Done, Receipt, make_receipt
 from .units import readable
 from .writer import Writer
@@ -37,16 +39,6 @@ if TYPE_CHECKING:
 MEMORY = 256 << 20
 SHARD_SIZE = 5_000_000_000
 _SCRATCH = 6  # part-sized fp32 buffers that an operator may hold beside its inputs, for each model
-
-
-class Progress:
-    """What a build tells while it works. This one keeps silent; the command line has one that draws."""
-
-    def begin(self, title: str, nbytes: int, tensors: int) -> None:
-        """Begin a stretch of work over so many bytes and tensors."""
-
-    def advance(self, nbytes: int, tensors: int = 0) -> None:
-        """Tell that so many more are done. Called from any thread."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +60,8 @@ class Limits:
         entry = max(4, *map(_entry_bytes, plan.steps), *map(_gathered_bytes, surveyed))
         if entry * GRID > self.memory:
             needed = readable(entry * GRID)
-            raise OutputError("--memory", f"{readable(self.memory)} is too small: this plan needs {needed}")
+            what = f"{readable(self.memory)} is too small: this plan needs {needed}"
+            raise OutputError("--memory", what, "give more; without --memory it is 256 MiB")
         threads = max(1, min(self.threads, self.memory // (entry * GRID), self.memory // max(1, _most_held(plan))))
         share = self.memory // threads
         part = max(GRID, min(LARGEST_PART, share // 2 // entry // GRID * GRID))
@@ -142,21 +135,21 @@ def build(
         memory: bytes in flight; the result does not depend on it.
         force: replace an earlier result.
         recipe: the recipe's text, for receipt and model card.
-        progress: is told how far the work is.
+        progress: is told how far the work is; default: a bar in a notebook, else nothing.
 
     Raises MergeError, CheckpointError or OutputError; the first two before any weights are read, where headers show it.
     """
-    begun, out = time.monotonic(), Path(out)
+    begun, out, progress = time.monotonic(), Path(out), progress or default_progress()
     plan = make_plan(checkpoint, parse(dtype) if dtype else None)
     check_place(out, nbytes=plan.bytes_written, force=force)
     limits = Limits.of(threads, memory)
     limits.session(plan)  # a budget that is too small is refused here
     with published(out) as folder:
-        found = surveyed(plan, limits, progress or Progress())
+        found = surveyed(plan, limits, progress)
         plan = plan.settled(found)
         writer = Writer(folder, (step.output for step in plan.steps), shard_size, checkpoint.companions.form)
         try:
-            digests = carry_out(plan, found, writer, limits, progress or Progress())
+            digests = carry_out(plan, found, writer, limits, progress)
             writer.finish()
         finally:
             writer.close()

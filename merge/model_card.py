@@ -5,6 +5,7 @@ from __future__ import annotations
 import yaml
 
 from .form import MODEL, Form
+from .parent_cards import carried, read_cards
 from .plan import Plan
 from .receipt import choices
 from .shown import code, fenced, markdown
@@ -14,8 +15,10 @@ def text(plan: Plan, recipe: str | None, form: Form = MODEL) -> str:
     """Write the card in Markdown, with the YAML front matter that the Hub reads."""
     labels = [checkpoint.label for checkpoint in plan.checkpoints if checkpoint.files]
     parents = list(dict.fromkeys(checkpoint.repository for checkpoint in plan.checkpoints if checkpoint.repository))
+    relation = {"base_model_relation": "merge"} if form.is_model else {}
     front = {
-        **({"base_model": parents} if parents else {}),
+        **({"base_model": parents, **relation} if parents else {}),
+        **carried(read_cards(plan.checkpoints)),
         "library_name": form.library,
         "tags": ["merge", "portmanteau"],
     }

@@ -165,7 +165,7 @@ class Setting:
         plain, bounds = self.annotation, []
         if typing.get_origin(plain) is Annotated:
             plain, *extra = typing.get_args(plain)
-            bounds = [_bound(piece) for field in extra for piece in getattr(field, "metadata", ())]
+            bounds = [bound(piece) for field in extra for piece in getattr(field, "metadata", ())]
         if typing.get_origin(plain) is typing.Literal:
             name = " | ".join(str(choice) for choice in typing.get_args(plain))
         else:
@@ -173,7 +173,8 @@ class Setting:
         return ", ".join([name, *filter(None, bounds)])
 
 
-def _bound(piece: object) -> str:
+def bound(piece: object) -> str:
+    """Write a bound that an annotation sets, for people: `≥ 0`; nothing for what is none."""
     for attribute, sign in (("gt", ">"), ("ge", "≥"), ("lt", "<"), ("le", "≤")):
         if hasattr(piece, attribute):
             return f"{sign} {getattr(piece, attribute):g}"

@@ -29,7 +29,10 @@ def place_mistakes(out: Path, *, nbytes: int, force: bool) -> list[Mistake]:
     """Find everything that would keep a result of so many bytes from being written."""
     where, found = str(out), []
     if os.path.lexists(out) and not force:  # a broken link is there too
-        found.append(Mistake(where, "exists already", "choose another name, or replace it with --force"))
+        is_ours = (
+            "or replace it with --force" if _is_ours(out) else "it was not built by portmanteau: --force leaves it"
+        )
+        found.append(Mistake(where, "exists already", f"choose another name, {is_ours}"))
     elif os.path.lexists(out) and not _is_ours(out):
         hint = "--force replaces only what portmanteau built, or an empty folder; remove this one yourself if it may go"
         found.append(Mistake(where, "exists, and was not built by portmanteau", hint))

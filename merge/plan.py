@@ -7,12 +7,15 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from . import notebook
 from .checkpoint import Checkpoint
 from .companions import Companions
 from .dtypes import is_float
 from .errors import MergeError, Mistake
 from .node import Finding, Node, Source, Step, Store, Survey, copy_of, sources, surveys
+from .parent_cards import licence_note, read_cards
 from .surveyed import Surveyed
+from .units import readable
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Pending:
     settle: Callable[[Any], Plan]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """A whole merge: a step for every output tensor in output order, what the user should know, what stands beside."""
 
@@ -39,6 +42,22 @@ class Plan:
     notes: tuple[str, ...] = ()
     pending: Pending | None = None
     companions: Companions = field(default_factory=Companions)
+
+    def __repr__(self) -> str:
+        """How much it makes, and of what."""
+        most = "at most " if self.pending else ""
+        count = "tensors that a survey will tell" if self.pending else f"{len(self.steps)} tensors"
+        return f"<Plan: {count}, reads {readable(self.bytes_read)}, writes {most}{readable(self.bytes_written)}>"
+
+    def _repr_html_(self) -> str:
+        """A table of what is done, for notebooks."""
+        groups: dict[tuple[str, str], list[int]] = {}
+        for step in self.steps:
+            groups.setdefault((step.operator.name, ", ".join(step.labels)), []).append(step.output.nbytes)
+        rows = [(name, of, len(sizes), readable(sum(sizes))) for (name, of), sizes in groups.items()]
+        told = [(f"survey first: {one.title}", "", "", readable(one.nbytes)) for one in self.surveys]
+        notes = [(f"note: {note}", "", "", "") for note in self.notes]
+        return notebook.table(repr(self)[1:-1], ("operator", "of", "tensors", "bytes"), [*told, *rows, *notes])
 
     def settled(self, found: Mapping[Survey, Any]) -> Plan:
         """Give the plan with all its steps, once the surveys are carried out."""
@@ -78,6 +97,11 @@ class Plan:
 def make_plan(checkpoint: Checkpoint, dtype: str | None = None) -> Plan:
     """Plan the writing of a checkpoint, its floats in another dtype if one is given (`BF16`).
 
+    >>> import torch
+    >>> from portmanteau.merge import InMemory
+    >>> make_plan(InMemory("ones", {"weight": torch.ones(2, 3)}), "BF16")
+    <Plan: 1 tensors, reads 24 B, writes 12 B>
+
     Raises MergeError for settings that an operator refuses, all of them at once.
     """
     if isinstance(checkpoint, Surveyed):
@@ -98,7 +122,9 @@ def make_plan(checkpoint: Checkpoint, dtype: str | None = None) -> Plan:
     mistakes = [mistake for step in steps for mistake in _refusals(step)]
     if mistakes:
         raise MergeError.of({(mistake.where, mistake.what): mistake for mistake in reversed(mistakes)}.values())
-    return Plan(tuple(steps), getattr(checkpoint, "notes", ()), companions=checkpoint.companions)
+    plan = Plan(tuple(steps), getattr(checkpoint, "notes", ()), companions=checkpoint.companions)
+    note = licence_note(read_cards(plan.checkpoints))
+    return replace(plan, notes=(*plan.notes, *note)) if note else plan
 
 
 def _refusals(node: Node) -> Iterator[Mistake]:

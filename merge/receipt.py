@@ -12,14 +12,16 @@ from typing import Any
 
 import blake3
 
+from . import notebook
 from .node import Finding, Store, Survey, steps
 from .plan import Plan
 from .shown import json_text
+from .units import readable
 
 RECEIPT = "portmanteau.json"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Receipt:
     """The record of one build.
 
@@ -45,6 +47,19 @@ class Receipt:
     seeds: tuple[int, ...]
     seconds: float
     versions: Mapping[str, str] = field(default_factory=lambda: _versions())
+
+    def __repr__(self) -> str:
+        """What it is a record of."""
+        inputs = ", ".join(str(one["checkpoint"]) for one in self.inputs)
+        return f"<Receipt: {len(self.outputs)} tensors of {inputs or 'tensors in memory'}, {self.seconds:.1f} s>"
+
+    def _repr_html_(self) -> str:
+        """A table of what was done, for notebooks."""
+        rows = [
+            (row["operator"], ", ".join(row["models"]), row["tensors"], readable(row["bytes"])) for row in self.choices
+        ]
+        notes = [(f"note: {note}", "", "", "") for note in self.notes]
+        return notebook.table(repr(self)[1:-1], ("operator", "of", "tensors", "bytes"), [*rows, *notes])
 
     def write(self, folder: Path) -> None:
         """Write it into a folder."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Self
 from .checkpoint import Checkpoint
 from .companions import Companions, gather
 from .dtypes import torch_shape
-from .errors import CheckpointError, Mistake, nearest, some
+from .errors import CheckpointError, Mistake, some
 from .files import hub, places
 from .files.json_file import INDEX_BYTES, INDEX_VALUES, read_json
 from .files.remote_file import RemoteFile
@@ -108,10 +108,8 @@ def open(
     text = str(reference)
     if kind == "other":
         raise CheckpointError(text, "is neither a file nor a folder", "devices and pipes are not opened")
-    if not hub.is_hub_id(text) or (isinstance(reference, Path) and path.is_absolute()):
-        known = places.neighbours(path)
-        hint = nearest(path.name, known) if known else f"there is no folder {path.parent} either"
-        raise CheckpointError(text, "no such file or folder", hint)
+    if not hub.is_on_hub(text, revision) or (isinstance(reference, Path) and path.is_absolute()):
+        raise CheckpointError(text, "no such file or folder", places.nearby(path))
     repository, _, tag = text.partition("@")
     commit = revision or tag or None
     found = hub.Glance(hub.download(repository, commit), {}) if weights else hub.glance(repository, commit)
@@ -151,7 +149,9 @@ def _open_folder(folder: Path, missing: Mapping[str, RemoteFile] = MappingProxyT
 def _only_file(folder: Path) -> Path:
     """Find the one weight file of a folder that names it in a way of its own."""
     if (folder / "adapter_config.json").is_file():
-        raise CheckpointError(str(folder), "holds an adapter, not a model", "name the model that it was trained on")
+        is_lora = "peft_type" in read_json(folder / "adapter_config.json")
+        hint = f"name its base with it: {{path: BASE, lora: {folder}}}" if is_lora else "average_adapters takes it"
+        raise CheckpointError(str(folder), "holds an adapter, not a model", hint)
     files = sorted(path for path in folder.glob("*") if places.kind(path) == "file")
     found = [path for path in files if path.suffix == ".safetensors"]
     found = found or [p for p in files if p.suffix in _LEGACY and not hub.NOT_WEIGHTS.fullmatch(p.name)]

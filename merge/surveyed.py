@@ -6,12 +6,14 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
 
+from . import notebook
 from .checkpoint import Checkpoint
 from .companions import Companions
 from .composed import Composed
 from .evaluate import Session, conduct
 from .node import Node, Survey, surveys
 from .tensor_spec import TensorSpec
+from .units import readable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,6 +48,16 @@ class Surveyed(Checkpoint):
         self.most = most
         self.companions = companions
         self.notes = notes
+
+    def _repr_html_(self) -> str:
+        """A table of what must be found first; showing it reads nothing."""
+        return notebook.table(
+            repr(self)[1:-1], ("survey first", "reads"), [(self.survey.title, readable(self.survey.nbytes))]
+        )
+
+    def _ipython_key_completions_(self) -> list[str]:
+        """Complete nothing: names would need the survey."""
+        return []
 
     @cached_property
     def _settled(self) -> Composed:

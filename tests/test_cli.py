@@ -95,7 +95,7 @@ def test_wrong_usage_ends_with_status_2(arguments: list[str], tmp_path: Path) ->
 def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
     done = run("plan", "nowhere.yaml", cwd=tmp_path)
     assert done.returncode == 1
-    assert done.stderr.startswith("nowhere.yaml: cannot be read")
+    assert done.stderr.startswith("nowhere.yaml: no such file")
 
 
 def test_plan_shows_every_kind_of_step_with_its_line(recipe: Path) -> None:

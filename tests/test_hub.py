@@ -34,6 +34,7 @@ def index(**places: str) -> bytes:
     return json.dumps({"weight_map": places}).encode()
 
 
+CARD = {"README.md": b"---\nlicense: mit\n---\n"}
 COMPANIONS = {
     "config.json": b'{"model_type": "llama"}',
     "tokenizer.json": b"{}",
@@ -52,12 +53,13 @@ BALLAST = {
     "onnx/config.json": b"{}",
     "tf_model.h5": b"huge",
     "optimizer.pt": b"huge",
-    "README.md": b"# card",
     ".gitattributes": b"",
 }
 BOTTLENECK = Path(__file__).parent / "oracles" / "fixtures" / "adapters_1_3_0" / "task"
 REPOSITORIES: dict[str, dict[str, Files]] = {
-    "org/both": {MAIN: {**COMPANIONS, **BALLAST, "model.safetensors": weights(x=1), "pytorch_model.bin": b"huge"}},
+    "org/both": {
+        MAIN: {**COMPANIONS, **CARD, **BALLAST, "model.safetensors": weights(x=1), "pytorch_model.bin": b"huge"}
+    },
     "org/shards": {
         MAIN: {
             **COMPANIONS,
@@ -252,7 +254,7 @@ def _oid(content: bytes) -> str:
 def test_only_the_files_that_a_merge_needs_are_downloaded(hub: Hub) -> None:
     found = hub.open("org/both")
     assert found["values"] == {"x": 1.0}
-    assert hub.downloaded == {"model.safetensors", *COMPANIONS}
+    assert hub.downloaded == {"model.safetensors", *COMPANIONS, *CARD}
     assert found["companions"] == sorted(set(COMPANIONS) - {"config.json"})
 
 

@@ -32,10 +32,13 @@ SET_UP = (
 LAYERS = (  # a file imports only from layers above its own
     ("merge.files", "merge.adapters", "merge.sparse", "merge.compiled", "merge.plugins"),  # they only say what they are
     ("compositions.mergekit", "compositions.recipe", "compositions.vocabulary"),
+    ("compositions.one_off", "compositions.reference"),
     ("merge.compiled.arena", "merge.compiled.build_hook", "merge.compiled.library", "merge.shown"),
+    ("merge.progress",),
+    ("merge.notebook",),
     ("merge.errors", "merge.form", "merge.names", "merge.kernels", "merge.files.storage", "merge.units"),
     ("merge.dtypes", "merge.operator", "merge.adapters.bottleneck_config", "merge.adapters.module_pattern"),
-    ("merge.files.json_file", "merge.files.places", "merge.files.pickled"),
+    ("merge.files.json_file", "merge.files.places", "merge.files.pickled", "merge.files.upload"),
     ("merge.tensor_spec", "merge.files.torch_values", "merge.surveys", "merge.changes", "merge.inner_products"),
     ("merge.thinning", "merge.compiled.measures", "merge.describe.tensors"),
     ("merge.files.safetensors_header", "merge.files.torch_archive", "merge.files.weight_file"),
@@ -46,7 +49,7 @@ LAYERS = (  # a file imports only from layers above its own
     ("merge.plugins.mergekit_method", "merge.sparse.pytorch_diff"),
     ("merge.registry",),
     ("merge.node",),
-    ("merge.checkpoint", "merge.evaluate"),
+    ("merge.checkpoint", "merge.evaluate", "merge.parent_cards"),
     ("merge.compiled.making", "merge.byte_copies"),
     ("merge.compiled.surveying",),
     ("merge.stored", "merge.composed", "merge.in_memory", "merge.sparse.selection"),
@@ -98,8 +101,11 @@ LAYERS = (  # a file imports only from layers above its own
     ),
     ("compositions.*",),
     ("compositions.recipe.reading", "compositions.reference_page"),
-    ("compositions.compose",),
+    ("compositions.compose", "compositions.reference.commands", "compositions.reference.json_schema"),
     ("compositions.greedy_soup", "compositions.preflight"),
+    ("compositions.one_off.options", "compositions.reference.markdown"),
+    ("compositions.one_off.written",),
+    ("compositions.one_off.starter",),
     ("compositions",),
     ("cli",),
 )
@@ -461,6 +467,35 @@ def tensors_in(folder: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     return load_file(folder / "model.safetensors")
+
+
+USER = """\
+from portmanteau import compositions, merge
+
+math, swahili = merge.open("models/math"), merge.open("models/swahili")
+merged = compositions.layer_swap(task=math, language=swahili, bottom=5, top=2)
+total: int = merged["model.norm.weight"].numel() + merged.nbytes
+plan: merge.Plan = merge.make_plan(merged, "BF16")
+receipt: merge.Receipt = merge.build(merged, "out", dtype="bfloat16")
+digests: dict[str, str] = dict(receipt.outputs)
+wrong: int = merge.build(merged, "out")
+"""
+
+
+@pytest.mark.wheel
+def test_a_users_script_is_checked_against_the_types_of_the_wheel(
+    built: Path, environment: Path, tmp_path: Path
+) -> None:
+    install(environment, *built.glob("*.whl"))
+    (tmp_path / "user.py").write_text(USER, encoding="utf-8")
+    settings = ["--strict", "--cache-dir", str(tmp_path / "mypy"), "--python-executable", str(environment / "python")]
+    command = [sys.executable, "-m", "mypy", *settings, "user.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    errors = [line for line in done.stdout.splitlines() if ": error: " in line]
+    assert errors == [
+        'user.py:9: error: Incompatible types in assignment (expression has type "Receipt", variable has type "int")'
+        "  [assignment]"
+    ], done.stdout + done.stderr
 
 
 @pytest.mark.wheel

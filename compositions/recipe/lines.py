@@ -13,6 +13,7 @@ import yaml
 from portmanteau.merge import RecipeError
 from portmanteau.merge.errors import Mistake
 from portmanteau.merge.files.json_file import read_bytes, text_of
+from portmanteau.merge.files.places import nearby
 
 KeyPath = tuple[str | int, ...]
 _MOST_BYTES = 96 << 10  # a recipe of 2500 slices has 90 kB; PyYAML reads some 150 kB in a second
@@ -21,6 +22,12 @@ _DEEPEST = 40
 _LONGEST_NUMBER = 100  # signs
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 _PLAIN = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null"))
+_CURES = {
+    "'\\t'": "YAML allows no tabs here: indent with spaces",
+    "expected <block end>": "keys of one mapping begin in the same column; what belongs to a key is indented further",
+    "mapping values are not allowed": "put text that has a colon in quotes; or the line above is not finished",
+    "expected ',' or ": "a bracket or a comma is missing, in this line or above",
+}
 
 
 class _Loader(yaml.SafeLoader):
@@ -57,32 +64,48 @@ class Document:
 
 def read(path: Path) -> Document:
     """Read a YAML file. Raises RecipeError for what is not YAML, for keys given twice, for tags, and without bounds."""
+    if not path.exists():
+        raise RecipeError(str(path), "no such file", nearby(path))
+    if path.is_dir():
+        raise RecipeError(
+            str(path), "is a folder, not a recipe", "a recipe is a YAML file; `portmanteau new` writes one"
+        )
     try:
         text = text_of(read_bytes(path, _MOST_BYTES))
+    except UnicodeDecodeError as error:
+        hint = "a recipe is a YAML file; `portmanteau inspect` shows what a weight file holds"
+        raise RecipeError(str(path), "is no text", hint) from error
     except (OSError, ValueError) as error:
         raise RecipeError(str(path), f"cannot be read ({error})") from error
+    return parsed(text, str(path))
+
+
+def parsed(text: str, file: str) -> Document:
+    """Read YAML text that stands, or is to stand, in a file. Raises RecipeError as `read` does."""
     try:
         loader = _Loader(text)
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise RecipeError(f"{path}:{line}", f"not valid YAML: the character {chr(error.character)!r}") from error
+        raise RecipeError(f"{file}:{line}", f"not valid YAML: the character {chr(error.character)!r}") from error
     try:
         nodes = [node for node in _documents(loader) if node.tag != "tag:yaml.org,2002:null"]
-        builder = _Builder(str(path), loader)
+        builder = _Builder(file, loader)
         bundle = len(nodes) > 1
         values = [builder.build(node, (i,) if bundle else ()) for i, node in enumerate(nodes)]
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise RecipeError(f"{path}:{line}", f"not valid YAML: {error.problem or error}") from error
+        problem = str(error.problem or error)
+        hint = next((cure for sign, cure in _CURES.items() if sign in problem), "")
+        raise RecipeError(f"{file}:{line}", f"not valid YAML: {problem}", hint) from error
     except RecursionError as error:
-        raise RecipeError(str(path), "not valid YAML: nested too deeply") from error
+        raise RecipeError(file, "not valid YAML: nested too deeply") from error
     except (yaml.YAMLError, ValueError) as error:
-        raise RecipeError(str(path), f"not valid YAML: {error}") from error
+        raise RecipeError(file, f"not valid YAML: {error}") from error
     finally:
         loader.dispose()
     if builder.mistakes:
         raise RecipeError.of(builder.mistakes)
-    return Document(str(path), text, values if bundle else values[0] if values else None, builder.lines, bundle)
+    return Document(file, text, values if bundle else values[0] if values else None, builder.lines, bundle)
 
 
 def _documents(loader: _Loader) -> Iterator[yaml.Node]:

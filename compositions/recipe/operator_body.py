@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from portmanteau.merge.errors import nearest
 from portmanteau.merge.registry import exists, find
@@ -32,11 +32,18 @@ class OperatorBody(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
-    models: Models
+    models: Annotated[Models, Field(description="a list, or a mapping to weights or to settings of their own")]
     base: Reference | None = None
     rules: tuple[_RuleBody, ...] = ()
     unmatched: Literal["error", "keep", "drop"] = "error"
     only: str | None = None
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            raise ValueError(f"one model is written [{value}]; a list, or a mapping to weights, is meant")
+        return value
 
 
 class SliceBody(BaseModel):

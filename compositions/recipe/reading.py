@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from portmanteau.merge import CheckpointError, PortmanteauError, RecipeError
 from portmanteau.merge.dtypes import is_float, parse
 from portmanteau.merge.errors import Mistake, nearest
 from portmanteau.merge.files import places
+from portmanteau.merge.files.places import nearby
 from portmanteau.merge.registry import exists, operators, unknown
 from portmanteau.merge.units import byte_count
 
@@ -36,10 +37,18 @@ class _Strict(BaseModel):
 class Output(_Strict):
     """What the result is to be like on disk."""
 
-    dtype: str | None = None
-    shard_size: int = 5_000_000_000
-    tokenizer: TokenizerBody | None = None
-    chat_template: str | None = None  # `auto`: the commonest of the models'; a known name; else a Jinja text
+    dtype: Annotated[
+        str | None, Field(description="the dtype of floats, such as bfloat16; default: what the models promote to")
+    ] = None
+    shard_size: Annotated[int, Field(description="the most bytes in one file, such as 5GB")] = 5_000_000_000
+    tokenizer: Annotated[
+        TokenizerBody | None,
+        Field(description="the model whose tokenizer and other files are taken; or how vocabularies meet"),
+    ] = None
+    chat_template: Annotated[
+        str | None,
+        Field(description="auto: the commonest of the models' templates; a known name; else the template, in Jinja"),
+    ] = None
 
     @field_validator("dtype")
     @classmethod
@@ -98,7 +107,11 @@ class Recipe:
 
 def load(path: str | Path) -> Recipe:
     """Read a recipe. Raises RecipeError with every mistake that its text, and the places it names, show."""
-    document = read(Path(path))
+    return recipe_of(read(Path(path)))
+
+
+def recipe_of(document: Document) -> Recipe:
+    """Read a recipe from its document. Raises RecipeError as `load` does."""
     if is_mergekit(document):
         return _load_mergekit(document)
     if document.bundle:
@@ -136,12 +149,15 @@ class _Reader:
         value = self._document.value
         for key in value:
             if key not in _KEYS:
-                self._wrong((key,), f"unknown key {key!r}", nearest(key, _KEYS))
+                is_body = key in compositions() or key in operators()
+                hint = f"it belongs below merge: merge: {{{key}: …}}" if is_body else nearest(key, _KEYS)
+                self._wrong((key,), f"unknown key {key!r}", hint)
         models = self._validated(dict[str, Reference], value.get("models") or {}, ("models",)) or {}
         steps = self._steps(value.get("steps") or {})
         merge = self._body(value.get("merge"), ("merge",)) if "merge" in value else None
         if "merge" not in value:
-            self._wrong((), "has no key 'merge'", "merge: says what the result is")
+            hint = "merge: says what the result is, such as merge: {linear: {models: [./one, ./other]}}"
+            self._wrong((), "has no key 'merge'", hint)
         output = self._validated(Output, value.get("output") or {}, ("output",)) or Output()
         bodies = [*steps.values(), *([merge] if merge else [])]
         self._check_references(models, steps, bodies, output)
@@ -159,9 +175,10 @@ class _Reader:
     def _body(self, value: Any, path: KeyPath) -> Body | None:
         """Read `{NAME: {KEY: VALUE, …}}`, NAME a composition or an operator."""
         if not isinstance(value, dict) or len(value) != 1:
-            self._wrong(
-                path, "must name one composition or operator", "for example: layer_swap: {task: …, language: …}"
-            )
+            hint = "for example: layer_swap: {task: …, language: …}"
+            if isinstance(value, dict) and next(iter(value.values()), "") is None:
+                hint = f"indent what belongs to {next(iter(value))} further than {next(iter(value))} itself"
+            self._wrong(path, "must name one composition or operator", hint)
             return None
         ((name, arguments),) = value.items()
         here = (*path, name)
@@ -251,9 +268,9 @@ class _Reader:
         except CheckpointError as error:
             self._wrong(path, str(error.mistakes[0]))
             return
-        siblings = places.neighbours(place)
         what = f"no {'file or folder' if path[0] == 'models' else 'model, file or folder'} {reference.path!r}"
-        self._wrong(path, what, nearest(place.name if "/" in reference.path else reference.path, names or siblings))
+        is_name = bool(names) and "/" not in reference.path
+        self._wrong(path, what, nearest(reference.path, names) if is_name else nearby(place))
 
     def _all_wrong(self, findings: Iterable[Finding]) -> None:
         for location, what, hint in findings:

@@ -27,7 +27,7 @@ from portmanteau.merge import (
     open_sparse,
 )
 from portmanteau.merge import open as open_checkpoint
-from portmanteau.merge.files.hub import is_hub_id
+from portmanteau.merge.files.hub import is_on_hub
 from portmanteau.merge.files.places import kind, user_path
 
 from .lines import KeyPath
@@ -83,8 +83,8 @@ class Reference(BaseModel):
         return [self.model_copy(update={"path": path}) for path in found]
 
     def is_on_hub(self, folder: Path) -> bool:
-        """Tell whether it is no local path, and has the form of a Hub id."""
-        return is_hub_id(self.path) and kind(self.local(folder)) == "nothing"
+        """Tell whether it is no local path, and stands for a repository of the Hub."""
+        return kind(self.local(folder)) == "nothing" and is_on_hub(self.path, self.revision, folder)
 
 
 class AdapterReference(Reference):

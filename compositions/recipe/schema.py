@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
 from inspect import Parameter
@@ -41,17 +41,18 @@ def validated(kind: Any, value: Any, document: Document, path: KeyPath) -> tuple
     for location, one in found:
         deeper = any(len(other) > len(location) and other[: len(location)] == location for other, _ in found)
         if not deeper or location == path:  # of a union's members, the one that was meant says most
-            findings.append(_explained(one, location, _known_keys(kind, one["loc"])))
+            findings.append(_explained(one, location, _known_keys(kind, one["loc"]), getattr(kind, "model_fields", {})))
     return None, findings
 
 
-def _explained(found: Any, location: KeyPath, known: list[str]) -> Finding:
+def _explained(found: Any, location: KeyPath, known: list[str], described: Mapping[str, Any]) -> Finding:
     """Say one of pydantic's findings in our words."""
     key = location[-1]
     if found["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return location, f"unknown key {key!r}", nearest(str(key), known)
     if found["type"] == "missing":
-        return location[:-1], f"{location[-2]} lacks the key {key!r}", ""
+        meaning = getattr(described.get(str(key)), "description", None)
+        return location[:-1], f"{location[-2]} lacks the key {key!r}", f"{key}: {meaning}" if meaning else ""
     message = found["msg"].removeprefix("Value error, ")
     return location, f"{key} is {found['input']!r}: {message[:1].lower()}{message[1:]}", ""
 

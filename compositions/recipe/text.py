@@ -37,7 +37,8 @@ def _depth(value: Any) -> int:
 
 
 def _mapping(dumper: _Dumper, value: dict[str, Any]) -> yaml.Node:
-    return dumper.represent_mapping("tag:yaml.org,2002:map", value, flow_style=_is_short(value))
+    is_root = not dumper.represented_objects
+    return dumper.represent_mapping("tag:yaml.org,2002:map", value, flow_style=_is_short(value) and not is_root)
 
 
 def _sequence(dumper: _Dumper, value: list[Any]) -> yaml.Node:

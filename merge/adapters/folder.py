@@ -59,7 +59,7 @@ def locate(
     path, text, repository = places.user_path(reference), str(reference), None
     missing: Mapping[str, RemoteFile] = {}
     kind = places.kind(path)
-    if kind == "nothing" and hub.is_hub_id(text) and not (isinstance(reference, Path) and path.is_absolute()):
+    if kind == "nothing" and hub.is_on_hub(text, revision) and not (isinstance(reference, Path) and path.is_absolute()):
         repository, _, tag = text.partition("@")
         fetch = hub.download if weights else hub.glance
         found = fetch(repository, revision or tag or None, kinds, also)

@@ -1,5 +1,5 @@
 """Plans, checkpoints and other folders as plain values for tables and JSON."""
 
-from .plans import checkpoint, plan, reference
+from .plans import checkpoint, lacks, plan, reference
 
-__all__ = ["checkpoint", "plan", "reference"]
+__all__ = ["checkpoint", "lacks", "plan", "reference"]

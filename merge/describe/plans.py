@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..checkpoint import Checkpoint
+from ..companions import Companions
 from ..names import Stack
 from ..plan import Plan
 from ..receipt import choices
@@ -37,6 +38,13 @@ def plan(made: Plan, bytes_in_flight: int) -> dict[str, Any]:
         "bytes_written": made.bytes_written,
         "bytes_in_flight": bytes_in_flight,
     }
+
+
+def lacks(beside: Companions) -> list[str]:
+    """Say what keeps transformers from loading a result with these companions, if it is a model."""
+    if not beside.form.is_model or beside.config is not None:
+        return []
+    return ["the result has no config.json, since the models have none: transformers will not load it"]
 
 
 def _short(value: object) -> str:

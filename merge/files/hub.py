@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ MODEL = (
 )
 ADAPTER = (("adapter_model.safetensors", ""), ("adapter_model.bin", ""))
 BOTTLENECK = (("adapter.safetensors", ""), ("pytorch_adapter.bin", ""))  # of AdapterHub's library adapters
+CARD = "README.md"
 _NOTHING = ".nothing"  # a pattern that fits no file
 _AT_ONCE = 8  # requests for headers
 NOT_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*)\.(bin|pt|pth)")
@@ -36,6 +37,15 @@ def is_hub_id(text: str) -> bool:
     return _ID.fullmatch(text) is not None
 
 
+def is_on_hub(text: str, revision: str | None = None, folder: Path | None = None) -> bool:
+    """Tell whether a text that names nothing in a folder stands for a repository.
+
+    `models/mth` beside a folder `models` is a misspelt path, unless a revision says that a repository is meant.
+    """
+    beside = ((folder or Path()) / text.partition("/")[0]).is_dir()
+    return is_hub_id(text) and (not beside or revision is not None or "@" in text)
+
+
 def download(repository: str, revision: str | None = None, kinds: Kinds = MODEL, also: tuple[str, ...] = ()) -> Path:
     """Give the folder of a repository at a revision, downloaded into huggingface_hub's cache or found there.
 
@@ -48,7 +58,9 @@ def download(repository: str, revision: str | None = None, kinds: Kinds = MODEL,
     with _explained(repository, revision):
         found = _listed(repository, revision)
         needed = _needed(repository, revision, found.names, kinds, also) if found is not None else None
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=needed))
+        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=needed))
+        _add_card(folder, repository, found.names if found is not None else ())
+        return folder
 
 
 @dataclass(frozen=True)
@@ -80,6 +92,7 @@ def glance(repository: str, revision: str | None = None, kinds: Kinds = MODEL, a
         ]
         rest = [name for name in needed if name not in absent]
         folder = Path(snapshot_download(repository, revision=commit, allow_patterns=rest or [_NOTHING]))
+        _add_card(folder, repository, found.names)
 
         def header(name: str) -> RemoteFile | CheckpointError:
             try:
@@ -121,6 +134,16 @@ def _explained(repository: str, revision: str | None) -> Iterator[None]:
     except (HTTPError, HFValidationError, OSError) as error:
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise CheckpointError(where, f"cannot be downloaded ({first})", "try again later") from error
+
+
+def _add_card(folder: Path, repository: str, names: Sequence[str]) -> None:
+    """Download the model card too, which says the licence; a model is whole without it."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HTTPError  # type: ignore[attr-defined]
+
+    if CARD in names and not (folder / CARD).exists():
+        with suppress(EntryNotFoundError, HTTPError, OSError):
+            hf_hub_download(repository, CARD, revision=folder.name)
 
 
 @dataclass(frozen=True)

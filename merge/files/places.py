@@ -6,7 +6,7 @@ import stat
 from pathlib import Path
 from typing import Literal
 
-from ..errors import CheckpointError, Mistake
+from ..errors import CheckpointError, Mistake, nearest
 
 Kind = Literal["folder", "file", "other", "nothing"]
 
@@ -36,6 +36,22 @@ def neighbours(path: Path) -> list[str]:
         return sorted(sibling.name for sibling in path.parent.iterdir())
     except (OSError, ValueError):
         return []
+
+
+def nearby(place: Path) -> str:
+    """Say what is there in the place of something that is not: the nearest name, or the folder that is missing."""
+    if not place.parent.is_dir():
+        missing = place.parent
+        while missing.parent != missing and not missing.parent.is_dir():
+            missing = missing.parent
+        close = nearest(missing.name, _shown(missing))
+        return f"there is no folder {missing}" + (f"; {close}" if close.startswith("did") else "")
+    known = _shown(place)
+    return nearest(place.name, known) if known else f"the folder {place.parent} is empty"
+
+
+def _shown(path: Path) -> list[str]:
+    return [name for name in neighbours(path) if not name.startswith(".")]
 
 
 def link_mistake(path: Path, folder: Path) -> Mistake | None:

@@ -143,7 +143,7 @@ def open_sparse(
     kinds = ((WEIGHTS, ""), (PUBLISHED, ""))
     if (
         places.kind(path) == "nothing"
-        and hub.is_hub_id(text)
+        and hub.is_on_hub(text, revision)
         and not (isinstance(reference, Path) and path.is_absolute())
     ):
         repository, _, tag = text.partition("@")

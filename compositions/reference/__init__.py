@@ -1,0 +1,1 @@
+"""What the declarations say, written out: the reference page, the commands, and a JSON Schema of recipes."""
