@@ -15,6 +15,7 @@ from portmanteau.merge.dtypes import is_float
 from portmanteau.merge.errors import Mistake, some
 from portmanteau.merge.names import matches
 from portmanteau.merge.node import Inputs, Node, copy_of
+from portmanteau.merge.sparse import compiled_selection
 from portmanteau.merge.sparse import file as sparse_file
 from portmanteau.merge.sparse.entries import selected
 from portmanteau.merge.sparse.fingerprint import fingerprint
@@ -60,7 +61,8 @@ def extract_sparse(
         raise MergeError("count" if count else "density", f"asks for {wanted:,} of {entries:,} entries")
     groups = {name: (Inputs((met.nodes["tuned"],), met.nodes["base"]),) for name, met in sparse.items()}
     wide = "F64" in {inputs.dtype for (inputs,) in groups.values()}
-    survey = Survey(f"the {wanted:,} largest of {entries:,} changes", select, groups, {"count": wanted, "wide": wide})
+    title, settings = f"the {wanted:,} largest of {entries:,} changes", {"count": wanted, "wide": wide}
+    survey = Survey(title, select, groups, settings, compiled=compiled_selection.select)
     shapes = {name: met.spec.shape for name, met in sparse.items()}
     about = {"selected": str(wanted), "of": str(entries), "base label": base.label, "tuned label": tuned.label}
     beside = sparse_file.companions(shapes, fingerprint(base) if isinstance(base, StoredCheckpoint) else "", about)

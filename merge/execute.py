@@ -19,9 +19,10 @@ from . import companions, model_card
 from .byte_copies import copied, is_byte_copy, is_shared
 from .checkpoint import Checkpoint
 from .compiled.making import is_compiled, made
+from .compiled.surveying import conduct
 from .dtypes import parse
 from .errors import OutputError
-from .evaluate import GRID, LARGEST_PART, Evaluation, Session, conduct
+from .evaluate import GRID, LARGEST_PART, Evaluation, Session
 from .kernels import one_thread
 from .node import Inputs, Made, Node, Source, Step, Survey
 from .notebook import default_progress
@@ -166,11 +167,10 @@ def surveyed(plan: Plan, limits: Limits, progress: Progress) -> dict[Survey, Any
     if plan.surveys:
         _, session = limits.session(plan)
         progress.begin("survey", sum(survey.nbytes for survey in plan.surveys), len(plan.surveys))
-        with one_thread():
-            for survey in plan.surveys:
-                told = _Reading(progress, survey.nbytes)
-                found[survey] = conduct(survey, replace(session, found=found), told.advance)
-                told.finish()
+        for survey in plan.surveys:
+            told = _Reading(progress, survey.nbytes)
+            found[survey] = conduct(survey, replace(session, found=found), told.advance)
+            told.finish()
     return found
 
 

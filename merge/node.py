@@ -14,6 +14,8 @@ from .tensor_spec import TensorSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .compiled.forms import MakerForm
+
 
 class Store(Protocol):
     """What holds tensors on disk: what plans, cards and receipts say of it, and its bytes."""
@@ -90,6 +92,7 @@ class Survey:
             taken as deltas where there is a base.
         settings: passed on to the measure.
         held: bytes that the measure holds at once, on each thread, beside a part.
+        compiled: the same measure over parts as they are stored, for the compiled library.
 
     """
 
@@ -98,6 +101,7 @@ class Survey:
     groups: Mapping[Any, tuple[Inputs, ...]]
     settings: Mapping[str, Any] = field(default_factory=dict)
     held: int = 0
+    compiled: Measure | None = None
 
     def __iter__(self) -> Iterator[Node]:
         """Go through all nodes that it reads."""
@@ -186,6 +190,7 @@ class Made:
         inputs: the tensors that it is made of.
         held: bytes that the maker holds at once beside a part.
         together: what it shares with other tensors, computed once for all: one thread makes them, one after the other.
+        compiled: says the same as the maker to the compiled library.
 
     """
 
@@ -194,6 +199,7 @@ class Made:
     inputs: tuple[Node, ...]
     held: int = 0
     together: object = None
+    compiled: MakerForm | None = None
 
 
 Node = Source | Made | Step

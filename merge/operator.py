@@ -101,7 +101,7 @@ class Parts:
         return mapped(function, self.runs(), self.threads)
 
 
-def mapped(function: Callable[..., T], runs: Iterable[Callable[[], tuple[Tensor, ...]]], threads: int) -> Iterator[T]:
+def mapped(function: Callable[..., T], runs: Iterable[Callable[[], tuple[Any, ...]]], threads: int) -> Iterator[T]:
     """Give function(*run()) for every run, in order, worked on by so many threads, a few runs ahead."""
     if threads == 1:
         yield from (function(*run()) for run in runs)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from portmanteau.merge.compiled import library
 from tests.tiny_models import save
 
 LLAMA: dict[str, Any] = {
@@ -25,6 +27,7 @@ LLAMA: dict[str, Any] = {
 }
 
 SaveLlama = Callable[..., Path]
+WithoutLibrary = Callable[[], AbstractContextManager[None]]
 
 
 @pytest.fixture
@@ -53,6 +56,21 @@ def save_tensors(tmp_path: Path) -> Callable[[str, Mapping[str, Tensor]], Path]:
         return folder
 
     return save
+
+
+@pytest.fixture
+def without_library(tmp_path: Path) -> WithoutLibrary:
+    """Give a function that begins a context in which the compiled library is not there."""
+
+    @contextmanager
+    def switched_off() -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(library, "_FILE", tmp_path / "no such file")
+            library.library.cache_clear()
+            yield
+        library.library.cache_clear()
+
+    return switched_off
 
 
 @pytest.fixture(scope="session")

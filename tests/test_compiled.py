@@ -21,6 +21,7 @@ from portmanteau.merge.evaluate import Evaluation, Session
 from portmanteau.merge.kernels import one_thread
 from portmanteau.merge.node import Inputs, Step
 from portmanteau.merge.registry import find, operators
+from tests.conftest import WithoutLibrary
 
 DTYPES = ("F32", "BF16", "F16")
 SIZES = (0, 1, 4095, 4097, 65536, 70000, 200001)  # around the rows of sums and the parts
@@ -180,7 +181,7 @@ def test_a_model_comes_out_the_same_with_and_without_the_library(
     name: str,
     tmp_path: Path,
     save_tensors: Callable[[str, Mapping[str, Tensor]], Path],
-    monkeypatch: pytest.MonkeyPatch,
+    without_library: WithoutLibrary,
 ) -> None:
     from portmanteau.compositions import tensorwise
 
@@ -196,13 +197,8 @@ def test_a_model_comes_out_the_same_with_and_without_the_library(
     base = merge.open(folders["base"]) if find(name).needs_base else None
     made = tensorwise(name, models=models, base=base)
     outs = [merge.build(made, tmp_path / "with", threads=2), merge.build(made, tmp_path / "alone", threads=1)]
-    monkeypatch.setattr(library, "_FILE", tmp_path / "nothing")
-    library.library.cache_clear()
-    try:
+    with without_library():
         outs.append(merge.build(made, tmp_path / "without"))
-    finally:
-        monkeypatch.undo()
-        library.library.cache_clear()
     assert outs[0].outputs == outs[1].outputs == outs[2].outputs
 
 

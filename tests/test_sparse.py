@@ -140,7 +140,7 @@ def test_fp64_changes_that_fp32_cannot_tell_apart_are_told_apart(save_tensors: S
 
 @pytest.mark.parametrize(
     "attributes",
-    [{"_KEPT": 10}, {"_region": lambda *_: (1, 2)}, {"_ENOUGH": 1, "_MARGIN": 0.0}, {"_ENOUGH": 1}],
+    [{"KEPT": 10}, {"_region": lambda *_: (1, 2)}, {"_ENOUGH": 1, "_MARGIN": 0.0}, {"_ENOUGH": 1}],
     ids=["too much near the boundary", "looked in the wrong region", "no margin", "sampled"],
 )
 def test_every_way_to_the_boundary_gives_the_same(

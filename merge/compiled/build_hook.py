@@ -51,4 +51,4 @@ class KernelsHook(BuildHookInterface[Any]):
 
 
 if __name__ == "__main__":
-    sys.exit(compiled())
+    sys.exit(compiled() or 0)

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from ..inner_products import InnerProducts
 from ..kernels import Cut, random_key
-from .library import ROW, Merging, Thinning, functions
+from .library import ROW, Merging, Stored, Thinning, functions
 from .measures import Run, Whole, inner_products, l1_factor, largest
 
 _ELECT = {"none": 0, "weighted": 1, "unweighted": 2}
@@ -29,6 +29,26 @@ class Form(Protocol):
 
     def make(self, run: Run, out: int, dtype: int) -> None:
         """Make a run of the result at an address."""
+
+
+class Stores(Protocol):
+    """The inputs of a maker, as they are stored or made."""
+
+    part: int
+
+    def read(self, index: int, span: slice) -> Stored:
+        """Give a run of one of them, valid until its next one is asked for: at most `part` entries, or all."""
+
+
+class MakerForm(Protocol):
+    """What a maker does."""
+
+    @property
+    def whole(self) -> bool:
+        """Tell whether it reads its inputs whole; else it reads them in parts."""
+
+    def make(self, span: slice, inputs: Stores, out: int) -> None:
+        """Make a flat run of entries at an address, in the dtype of the made tensor."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@
 #include <string.h>
 
 #define ROW 4096 /* merge/kernels.py has the same */
+#define GRID 65536 /* merge/evaluate.py has the same */
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__gnu_linux__)
 #define WIDE __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
@@ -242,17 +243,39 @@ API void find_digit(const uint32_t *lanes, int64_t wanted, int64_t found[3]) {
     }
 }
 
-/* Keep the bits of the magnitudes in [low, high), and add up how many are above; gives how many were kept, -1 where they
-   are more than there is room for. */
-API WIDE int64_t sift(
-    size_t entries, tensor input, tensor base, uint32_t low, uint32_t high, uint32_t *kept, size_t room, int64_t *above
+/* Find the entries of a block whose bits lie in [low, high): their positions in it, ascending; gives how many there are. */
+INLINE size_t within(const uint32_t *restrict bits, uint32_t low, uint32_t high, size_t count, uint32_t *restrict where) {
+    uint8_t marks[ROW];
+    size_t total = 0, found = 0;
+    for (size_t i = 0; i < count; i++) marks[i] = bits[i] - low < high - low;
+    for (size_t i = count; i < ROW; i++) marks[i] = 0;
+    for (size_t i = 0; i < ROW; i++) total += marks[i];
+    if (!total) return 0;
+    size_t step = total < count / 16 ? 8 : ROW; /* where few are wanted, what has none of them is passed over */
+    for (size_t i = 0; i < count; i += step) {
+        uint64_t any = 1;
+        if (step == 8) memcpy(&any, marks + i, 8);
+        if (!any) continue;
+        size_t last = count - i < step ? count : i + step;
+        for (size_t k = i; k < last; k++) { /* without a branch that would be mispredicted */
+            where[found] = (uint32_t)k;
+            found += marks[k];
+        }
+    }
+    return found;
+}
+
+/* Keep the bits of the magnitudes in [low, high) of the entries from `start` to `stop`, and add up how many are above. */
+INLINE int64_t sift_rows(
+    size_t start, size_t stop, tensor input, tensor base, uint32_t low, uint32_t high, uint32_t *kept, size_t room,
+    int64_t *above
 ) {
     float one[ROW], below[ROW];
-    uint32_t bits[ROW];
+    uint32_t bits[ROW], where[ROW + 1];
     size_t total = 0;
     int64_t larger = 0;
-    for (size_t start = 0; start < entries; start += ROW) {
-        size_t count = block_at(start, entries), found = 0;
+    for (; start < stop; start += ROW) {
+        size_t count = block_at(start, stop);
         if (base.data) load(below, base.data, base.dtype, start, count);
         load_vector(one, input, base.data ? below : NULL, start, count);
         uint32_t here = 0;
@@ -261,17 +284,84 @@ API WIDE int64_t sift(
             here += bits[i] >= high;
         }
         larger += here;
-        for (size_t i = 0; i < count; i++) { /* without a branch that would be mispredicted */
-            uint32_t now = bits[i];
-            bits[found] = now;
-            found += now - low < high - low;
-        }
+        size_t found = within(bits, low, high, count, where);
         if (total + found > room) return -1;
-        memcpy(kept + total, bits, found * sizeof *kept);
+        for (size_t i = 0; i < found; i++) kept[total + i] = bits[where[i]];
         total += found;
     }
     *above += larger;
     return (int64_t)total;
+}
+
+/* Gives how many were kept, -1 where they are more than there is room for. */
+API WIDE int64_t sift(
+    size_t entries, tensor input, tensor base, uint32_t low, uint32_t high, uint32_t *kept, size_t room, int64_t *above
+) {
+    return sift_rows(0, entries, input, base, low, high, kept, room, above);
+}
+
+/* The same for each block of GRID entries, with room for all: how many of it were kept, and how many are above. */
+API WIDE void sift_blocks(
+    size_t entries, tensor input, tensor base, uint32_t low, uint32_t high, uint32_t *kept, int64_t *sizes, int64_t *above
+) {
+    for (size_t start = 0; start < entries; start += GRID) {
+        size_t stop = entries - start < GRID ? entries : start + GRID;
+        *above = 0;
+        *sizes = sift_rows(start, stop, input, base, low, high, kept, GRID, above++);
+        kept += *sizes++;
+    }
+}
+
+/* Of bits that were kept of blocks, count for each block what is above a boundary, adding it up, and what is on it. */
+API WIDE void count_around(
+    size_t blocks, const uint32_t *bits, const int64_t *sizes, uint32_t boundary, int64_t *above, int64_t *equal
+) {
+    for (size_t block = 0; block < blocks; block++) {
+        uint32_t larger = 0, same = 0;
+        for (int64_t i = 0; i < sizes[block]; i++) {
+            larger += bits[i] > boundary;
+            same += bits[i] == boundary;
+        }
+        above[block] += larger, equal[block] = same;
+        bits += sizes[block];
+    }
+}
+
+/* Take from a run that begins at a block of GRID the entries above a boundary, and of those on it the first ones of each
+   block: so many as `ties` says. Of all taken, leave out the first `skip` and write the next, at most `most`: their
+   positions from `index` on where `values` is no place, else their values. Gives how many were written. */
+API WIDE size_t take_selected(
+    size_t entries, tensor input, tensor base, uint32_t boundary, const int64_t *ties, int64_t index, size_t skip,
+    size_t most, int64_t *positions, float *values
+) {
+    float one[ROW], below[ROW];
+    uint32_t bits[ROW], where[ROW + 1];
+    size_t written = 0;
+    int64_t left = 0;
+    for (size_t start = 0; start < entries && written < most; start += ROW) {
+        size_t count = block_at(start, entries), found = 0;
+        if (start % GRID == 0) left = ties[start / GRID];
+        load(below, base.data, base.dtype, start, count);
+        load_vector(one, input, below, start, count);
+        for (size_t i = 0; i < count; i++) bits[i] = bits_of(one[i]) & 0x7fffffffu;
+        size_t all = within(bits, left > 0 ? boundary : boundary + 1, 0x80000000u, count, where);
+        if (left > 0) {
+            for (size_t i = 0; i < all; i++) {
+                int same = bits[where[i]] == boundary, kept = !same | (left > 0);
+                left -= same & kept;
+                where[found] = where[i];
+                found += (size_t)kept;
+            }
+            all = found;
+        }
+        size_t first = skip < all ? skip : all, last = all - first > most - written ? first + most - written : all;
+        skip -= first;
+        if (values)
+            for (size_t i = first; i < last; i++) values[written++] = one[where[i]];
+        else
+            for (size_t i = first; i < last; i++) positions[written++] = index + (int64_t)(start + where[i]);
+    }
+    return written;
 }
 
 /* Find the wanted-th largest of these bits: found = {it, how many are larger, how many are equal}. */
@@ -426,6 +516,70 @@ API WIDE void thinned_sum(
         else
             sum_of_agreeing(sum, scratch, weights, models, how, count);
         finish(sum, from, how.elect == EVERY ? how.divisor : 1.0f, how.scale, out, dtype, start, count);
+    }
+}
+
+/* ---- low-rank products */
+
+#define TILE 16 /* columns, and four rows, that are multiplied at once in registers */
+typedef double lane __attribute__((vector_size(64)));
+#define EACH(x) ((lane){x, x, x, x, x, x, x, x})
+
+/* A matrix of factors: the entry (i, k) of its rank k lies at i · step + k · stride. */
+typedef struct {
+    tensor of;
+    int64_t step;
+    int64_t stride;
+} factor;
+
+/* Load rows, or columns, `first` to `first + count` of a factor in fp64: to[i · i_step + k · k_step]. */
+INLINE void load_factor(
+    double *restrict to, factor from, size_t first, size_t count, size_t rank, size_t i_step, size_t k_step
+) {
+    for (size_t i = 0; i < count; i++) {
+        for (size_t k = 0; k < rank; k++) {
+            float one;
+            load(&one, from.of.data, from.of.dtype, (first + i) * (size_t)from.step + k * (size_t)from.stride, 1);
+            to[i * i_step + k * k_step] = one;
+        }
+    }
+}
+
+/* A run of scale · left · right, flat, of a matrix of this width. Products of fp32 are exact in fp64; they are added up in
+   the order of the rank. */
+API WIDE void low_rank(
+    size_t start, size_t entries, size_t width, size_t rank, factor left, factor right, double scale,
+    double *scratch /* [rank][TILE], [rows, a multiple of 4][rank] */, float *out
+) {
+    double *columns = scratch, *factors = scratch + rank * TILE;
+    size_t first = start / width, stop = start + entries, rows = (stop - 1) / width + 1 - first;
+    load_factor(factors, left, first, rows, rank, rank, 1);
+    memset(factors + rows * rank, 0, (-rows & 3) * rank * sizeof(double));
+    for (size_t column = 0; column < width; column += TILE) {
+        size_t across = width - column < TILE ? width - column : TILE;
+        if (across < TILE) memset(columns, 0, rank * TILE * sizeof(double));
+        load_factor(columns, right, column, across, rank, 1, TILE);
+        for (size_t row = 0; row < rows; row += 4) {
+            lane sums[4][TILE / 8];
+            double values[4][TILE];
+            for (int i = 0; i < 4; i++)
+                for (int j = 0; j < TILE / 8; j++) sums[i][j] = EACH(-0.0);
+            for (size_t k = 0; k < rank; k++) {
+                lane now[TILE / 8];
+                memcpy(now, columns + k * TILE, sizeof now);
+                for (size_t i = 0; i < 4; i++) {
+                    double by = factors[(row + i) * rank + k];
+                    for (int j = 0; j < TILE / 8; j++) sums[i][j] += EACH(by) * now[j];
+                }
+            }
+            memcpy(values, sums, sizeof values);
+            for (size_t i = 0; i < 4 && row + i < rows; i++) {
+                size_t at = (first + row + i) * width + column; /* a run may begin and end within a row */
+                size_t from = at < start ? start - at : 0, to = at + across > stop ? stop - at : across;
+                if (at >= stop) continue;
+                for (size_t j = from; j < to; j++) out[at + j - start] = (float)(values[i][j] * scale);
+            }
+        }
     }
 }
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import POINTER, c_double, c_float, c_int, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
+from ctypes import POINTER, Array, c_double, c_float, c_int, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 DTYPES = {"F32": 0, "BF16": 1, "F16": 2}  # what it loads and stores, by the numbers in kernels.c
 ROW = 4096
+TILE = 16  # columns that are multiplied at once
 LANES = 4  # histograms of one digit, side by side
 _FILE = Path(__file__).with_name("kernels.native")
 
@@ -19,6 +20,12 @@ class Stored(ctypes.Structure):
     """A run of one tensor's stored bytes; the address 0 stands for no tensor."""
 
     _fields_ = (("data", c_void_p), ("dtype", c_int32))
+
+
+class Factor(ctypes.Structure):
+    """A matrix of factors: where its entries lie; as kernels.c describes it."""
+
+    _fields_ = (("of", Stored), ("step", c_int64), ("stride", c_int64))
 
 
 class Thinning(ctypes.Structure):
@@ -41,6 +48,7 @@ class Merging(ctypes.Structure):
 
 
 NO_TENSOR = Stored(None, 0)
+HIGHER = -1  # count_digits: count the higher digits
 
 _Floats = POINTER(c_float)
 _Doubles = POINTER(c_double)
@@ -53,6 +61,21 @@ _SIGNATURES: dict[str, tuple[Any, Sequence[Any]]] = {
     "count_digits": (None, (c_size_t, Stored, Stored, c_size_t, c_int64, POINTER(c_uint32))),
     "find_digit": (None, (POINTER(c_uint32), c_int64, POINTER(c_int64))),
     "sift": (c_int64, (c_size_t, Stored, Stored, c_uint32, c_uint32, c_void_p, c_size_t, POINTER(c_int64))),
+    "sift_blocks": (
+        None,
+        (c_size_t, Stored, Stored, c_uint32, c_uint32, c_void_p, POINTER(c_int64), POINTER(c_int64)),
+    ),
+    "count_around": (
+        None,
+        (c_size_t, c_void_p, POINTER(c_int64), c_uint32, POINTER(c_int64), POINTER(c_int64)),
+    ),
+    "take_selected": (
+        c_size_t,
+        (
+            *(c_size_t, Stored, Stored, c_uint32, POINTER(c_int64), c_int64, c_size_t, c_size_t),
+            *(c_void_p, c_void_p),
+        ),
+    ),
     "find_among": (None, (c_void_p, c_size_t, c_int64, POINTER(c_uint32), POINTER(c_int64))),
     "find_equal": (c_int64, (c_size_t, Stored, Stored, c_float, c_int64)),
     "magnitudes": (None, (c_size_t, Stored, Stored, POINTER(Thinning), c_int64, _Doubles)),
@@ -63,8 +86,17 @@ _SIGNATURES: dict[str, tuple[Any, Sequence[Any]]] = {
             *(_Floats, c_void_p, c_int),
         ),
     ),
+    "low_rank": (
+        None,
+        (c_size_t, c_size_t, c_size_t, c_size_t, Factor, Factor, c_double, _Doubles, c_void_p),
+    ),
     "count_non_finite": (c_int64, (c_size_t, Stored)),
 }
+
+
+def lanes() -> Array[c_uint32]:
+    """Give empty histograms of one digit, side by side."""
+    return (c_uint32 * (LANES << 16))()
 
 
 def functions() -> Any:

@@ -2,45 +2,65 @@
 
 from __future__ import annotations
 
-import mmap
-import threading
 from collections.abc import Iterator, Sequence
-from ctypes import addressof, c_char
 from itertools import islice
 from typing import Any
 
 from ..dtypes import byte_size
 from ..errors import PortmanteauError
 from ..evaluate import Session, located, resolved, stream
-from ..node import Node, Source, Step
+from ..node import Inputs, Made, Node, Source, Step, steps
 from ..operator import call
+from .arena import ALIGNMENT, Arena, arena
 from .forms import Form
 from .library import DTYPES, NO_TENSOR, Stored, library
 from .measures import Run
 
-_ALIGNMENT = 64
-_kept = threading.local()
-
 
 def is_compiled(node: Node, session: Session) -> bool:
-    """Tell whether a tensor can be made so: by operators with a compiled form, from stored floats of 16 or 32 bits."""
-    if isinstance(node, Source) or node.output.dtype not in DTYPES:
+    """Tell whether a tensor can be made so: by what has a compiled form, from stored floats of 16 or 32 bits."""
+    if isinstance(node, Source):
         return node.output.dtype in DTYPES
-    if not isinstance(node, Step) or node.operator.compiled is None or node.inputs.importances or library() is None:
+    if library() is None or not all(is_compiled(inner, session) for inner in node.inputs):
         return False
-    return _form(node, session) is not None and all(is_compiled(inner, session) for inner in node.inputs)
+    if isinstance(node, Made):  # what is read whole has room for parts only of what it is made of
+        stored = all(isinstance(inner, Source) for inner in node.inputs)
+        return node.compiled is not None and (stored or not node.compiled.whole)
+    if _carried(node) is not None:
+        return True
+    if node.operator.compiled is None or node.inputs.importances:
+        return False
+    floats = all(one.output.dtype in DTYPES for one in (node, *node.inputs))
+    return floats and _form(node, session) is not None
+
+
+def revisits(node: Node, session: Session) -> bool:
+    """Tell whether one of the steps inside must go through whole tensors before it makes a part. All are compiled."""
+    forms = (_form(step, session) for step in steps(node))
+    return any(form is not None and form.revisits for form in forms)
 
 
 def made(step: Step, session: Session) -> Iterator[memoryview]:
     """Make a tensor: the bytes of its parts, in order, each valid until the next is asked for."""
-    spec, met = step.output, _Met(step, session)
+    spec, work = step.output, _work(_carried(step) or step, session, step.output.dtype)
     size = byte_size(spec.dtype, min(session.part, spec.entries))
-    arena = _arena(met.size + size + _ALIGNMENT)
-    met.settle(arena)
-    out, address = arena.take(size)
+    memory = arena(work.size + size + ALIGNMENT)
+    work.settle(memory)
+    out, address = memory.take(size)
     for span in session.spans(spec.entries):
-        met.make(span, address, DTYPES[spec.dtype])
+        work.make(span, address)
         yield out[: byte_size(spec.dtype, span.stop - span.start)]
+
+
+def _carried(step: Step) -> Made | None:
+    """Give the made tensor that a step only carries over."""
+    (first, *others) = step.inputs
+    carried = step.is_copy and isinstance(first, Made) and not others and first.output.dtype == step.output.dtype
+    return first if carried and isinstance(first, Made) else None
+
+
+def _work(node: Made | Step, session: Session, dtype: str) -> _Applied | _OfWhole:
+    return _OfWhole(node, session) if isinstance(node, Made) else _Applied(node, session, dtype)
 
 
 def _form(step: Step, session: Session) -> Form | None:
@@ -50,54 +70,24 @@ def _form(step: Step, session: Session) -> Form | None:
     return found
 
 
-class _Arena:
-    """Memory of one thread, handed out anew for each tensor: pages that were touched once are not touched anew."""
-
-    def __init__(self, size: int) -> None:
-        self._memory = mmap.mmap(-1, size)
-        self._address = addressof(c_char.from_buffer(self._memory))
-        self._taken = 0
-        self.size = size
-
-    def cleared(self) -> _Arena:
-        """Hand out everything anew."""
-        self._taken = 0
-        return self
-
-    def take(self, size: int) -> tuple[memoryview, int]:
-        """Give so many bytes, and their address."""
-        start = self._taken
-        self._taken += -(-size // _ALIGNMENT) * _ALIGNMENT
-        return memoryview(self._memory)[start : start + size], self._address + start
-
-
-def _arena(size: int) -> _Arena:
-    """Give this thread's memory, of at least this size."""
-    found: _Arena | None = getattr(_kept, "arena", None)
-    if found is None or found.size < size:
-        _kept.arena = found = None  # the smaller one goes first
-        _kept.arena = found = _Arena(size)
-    return found.cleared()
-
-
 class _Input:
-    """One of the tensors that meet: stored, or made by a step inside."""
+    """One of the tensors that are read: stored, or made in the same way."""
 
     def __init__(self, node: Node, session: Session, held: bool) -> None:
         self._node = node
-        self._inner = None if isinstance(node, Source) else _Met(node, session)  # type: ignore[arg-type]
-        self._dtype = node.output.dtype if self._inner is None else "F32"  # a step gives its working dtype
+        self._dtype = "F32" if isinstance(node, Step) else node.output.dtype  # a step gives its working dtype
+        self._inner = None if isinstance(node, Source) else _work(node, session, self._dtype)
         self._held = held
         self._filled = 0  # entries that are there already, where all are held
         entries = node.output.entries
         self._own = byte_size(self._dtype, entries if held else min(session.part, entries))
-        self.size: int = self._own + _ALIGNMENT + (self._inner.size if self._inner else 0)
+        self.size: int = self._own + ALIGNMENT + (self._inner.size if self._inner else 0)
 
-    def settle(self, arena: _Arena) -> None:
+    def settle(self, memory: Arena) -> None:
         """Take the memory that is needed."""
         if self._inner is not None:
-            self._inner.settle(arena)
-        self._view, self._address = arena.take(self._own)
+            self._inner.settle(memory)
+        self._view, self._address = memory.take(self._own)
 
     def read(self, span: slice) -> Stored:
         """Give a run of entries."""
@@ -108,47 +98,85 @@ class _Input:
                 self._node.checkpoint.read_into(self._node.spec.name, self._view[at : at + size], start)
             else:
                 assert self._inner is not None
-                self._inner.make(span, self._address + at, DTYPES[self._dtype])
+                self._inner.make(span, self._address + at)
             self._filled = span.stop if self._held else 0
         return Stored(self._address + at, DTYPES[self._dtype])
 
 
-class _Met:
-    """The tensors that meet in a step: read run by run, as often as its form goes through them."""
+class Met:
+    """The tensors that meet in one operation, read run by run."""
 
-    def __init__(self, step: Step, session: Session) -> None:
+    def __init__(self, inputs: Inputs, session: Session, *, held: bool = False) -> None:
+        """Say what is read; `held`: it is kept, so that it is read once."""
+        self._models = [_Input(node, session, held) for node in inputs.models]
+        self._base = _Input(inputs.base, session, held) if inputs.base is not None else None
+        self._every = [*self._models, *([self._base] if self._base else [])]
+        self.size = sum(one.size for one in self._every)
+
+    def settle(self, memory: Arena) -> None:
+        """Take the memory that is needed."""
+        for one in self._every:
+            one.settle(memory)
+
+    def run(self, span: slice) -> Run:
+        """Read a run of them all."""
+        models: Any = (Stored * len(self._models))(*(one.read(span) for one in self._models))
+        base = self._base.read(span) if self._base is not None else NO_TENSOR
+        return Run(span.start, span.stop - span.start, models, base)
+
+
+class _Applied:
+    """What a step makes: its inputs are gone through as often as its form needs."""
+
+    def __init__(self, step: Step, session: Session, dtype: str) -> None:
         found = _form(step, session)
         assert found is not None
         self.entries = step.output.entries
         self.streams: Sequence[int] = [stream(step.output.name, label) for label in step.labels]
-        self._step, self._session, self._form = step, session, found
+        self._step, self._session, self._form, self._dtype = step, session, found, DTYPES[dtype]
         self._is_measured = False
         total = sum(byte_size(node.output.dtype, self.entries) for node in step.inputs)
         self._held = found.revisits and total <= session.keep
-        self._models = [_Input(node, session, self._held) for node in step.inputs.models]
-        self._base = _Input(step.inputs.base, session, self._held) if step.inputs.base is not None else None
-        self._every = [*self._models, *([self._base] if self._base else [])]
-        self.size = sum(one.size for one in self._every)
+        self._met = Met(step.inputs, session, held=self._held)
+        self.size = self._met.size
 
-    def settle(self, arena: _Arena) -> None:
+    def settle(self, memory: Arena) -> None:
         """Take the memory that is needed."""
-        for one in self._every:
-            one.settle(arena)
+        self._met.settle(memory)
 
-    def make(self, span: slice, out: int, dtype: int) -> None:
+    def make(self, span: slice, out: int) -> None:
         """Make a run of the result at an address."""
         try:
             if not self._is_measured:
                 self._form, self._is_measured = self._form.measured(self), True
-            self._form.make(self._run(span), out, dtype)
+            self._form.make(self._met.run(span), out, self._dtype)
         except PortmanteauError as error:
             raise located(error, self._step) from error
 
     def runs(self, every: int = 1) -> Iterator[Run]:
         """Read all inputs, run by run; where they are not held, one run in so many."""
-        return map(self._run, islice(self._session.spans(self.entries), 0, None, 1 if self._held else every))
+        return map(self._met.run, islice(self._session.spans(self.entries), 0, None, 1 if self._held else every))
 
-    def _run(self, span: slice) -> Run:
-        models: Any = (Stored * len(self._models))(*(one.read(span) for one in self._models))
-        base = self._base.read(span) if self._base is not None else NO_TENSOR
-        return Run(span.start, span.stop - span.start, models, base)
+
+class _OfWhole:
+    """What a maker makes: it reads of its inputs what it needs."""
+
+    def __init__(self, node: Made, session: Session) -> None:
+        assert node.compiled is not None
+        self.part = session.part
+        self._form = node.compiled
+        self._inputs = [_Input(one, session, node.compiled.whole) for one in node.inputs]
+        self.size = sum(one.size for one in self._inputs)
+
+    def settle(self, memory: Arena) -> None:
+        """Take the memory that is needed."""
+        for one in self._inputs:
+            one.settle(memory)
+
+    def make(self, span: slice, out: int) -> None:
+        """Make a run of the result at an address."""
+        self._form.make(span, self, out)
+
+    def read(self, index: int, span: slice) -> Stored:
+        """Give a run of an input."""
+        return self._inputs[index].read(span)

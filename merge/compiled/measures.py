@@ -14,9 +14,8 @@ from typing import Protocol
 
 from ..inner_products import InnerProducts, squared
 from ..kernels import NO_LIMIT, Cut
-from .library import LANES, ROW, Stored, Thinning, functions
+from .library import HIGHER, ROW, Stored, Thinning, functions, lanes
 
-_HIGHER = -1  # count the higher digits
 _SAMPLED = 16  # one row in so many is looked at first
 _MARGIN = 0.05  # how far, as a share of what is wanted, the first look may be wrong
 _ROOM = 1 << 22  # entries near a boundary that may be held in memory; where there are more, a radix selection is made
@@ -105,30 +104,26 @@ def largest(whole: Whole, counts: Sequence[int | None]) -> list[Cut | None]:
     ]
 
 
-def _lanes() -> Array[c_uint32]:
-    return (c_uint32 * (LANES << 16))()
-
-
-def _digit(lanes: Array[c_uint32], wanted: int) -> tuple[int, int, int]:
+def _digit(counted: Array[c_uint32], wanted: int) -> tuple[int, int, int]:
     """Find the bin of the wanted-th largest: its digit, how many are above it, how many in it."""
     found = (c_int64 * 3)()
-    functions().find_digit(lanes, wanted, found)
+    functions().find_digit(counted, wanted, found)
     return found[0], found[1], found[2]
 
 
 def _regions(whole: Whole, wanted: Mapping[int, int]) -> dict[int, tuple[int, int]]:
     """Tell for each model between which bits its boundary probably lies, from some of the rows."""
-    lanes = {model: _lanes() for model in wanted}
+    counts = {model: lanes() for model in wanted}
     seen = 0
     for run in whole.runs(_SAMPLED):
         seen += sum(min(ROW, run.count - start) for start in range(0, run.count, ROW * _SAMPLED))
         for model in wanted:
-            functions().count_digits(run.count, run.models[model], run.base, _SAMPLED, _HIGHER, lanes[model])
+            functions().count_digits(run.count, run.models[model], run.base, _SAMPLED, HIGHER, counts[model])
     found = {}
     for model, count in wanted.items():
         share = count * seen / whole.entries
-        low, *_ = _digit(lanes[model], min(seen, math.ceil(share * (1 + _MARGIN)) + 1))
-        high, *_ = _digit(lanes[model], max(1, math.floor(share * (1 - _MARGIN))))
+        low, *_ = _digit(counts[model], min(seen, math.ceil(share * (1 + _MARGIN)) + 1))
+        high, *_ = _digit(counts[model], max(1, math.floor(share * (1 - _MARGIN))))
         found[model] = low << 16, (high + 1) << 16
     return found
 
@@ -154,24 +149,24 @@ def _sifted(whole: Whole, wanted: Mapping[int, int]) -> dict[int, _Boundary]:
         rest = wanted[model] - above[model].value
         if 0 < rest <= held[model]:
             among = (c_int64 * 3)()
-            functions().find_among(bits, held[model], rest, _lanes(), among)
+            functions().find_among(bits, held[model], rest, lanes(), among)
             found[model] = _Boundary(among[0], rest - among[1], among[2])
     return found
 
 
 def _by_radix(whole: Whole, wanted: Mapping[int, int]) -> dict[int, _Boundary]:
     """Find the boundaries by two passes, whatever the magnitudes are."""
-    lanes = {model: _lanes() for model in wanted}
-    highs = dict.fromkeys(wanted, _HIGHER)
+    counts = {model: lanes() for model in wanted}
+    highs = dict.fromkeys(wanted, HIGHER)
     left = dict(wanted)
     found = {}
     for _ in range(2 if wanted else 0):
         for run in whole.runs():
             for model in wanted:
-                functions().count_digits(run.count, run.models[model], run.base, 1, highs[model], lanes[model])
+                functions().count_digits(run.count, run.models[model], run.base, 1, highs[model], counts[model])
         for model in wanted:
-            digit, above, equal = _digit(lanes[model], left[model])
-            memset(lanes[model], 0, sizeof(lanes[model]))
+            digit, above, equal = _digit(counts[model], left[model])
+            memset(counts[model], 0, sizeof(counts[model]))
             left[model] -= above
             found[model] = _Boundary(max(0, highs[model]) << 16 | digit, left[model], equal)
             highs[model] = digit

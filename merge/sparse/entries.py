@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from ctypes import c_float, c_int64, c_uint32, sizeof
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Literal
 
+from ..compiled.forms import Stores
+from ..compiled.library import functions
 from ..dtypes import torch_dtype
 from ..errors import CheckpointError
 from ..evaluate import GRID
@@ -52,8 +55,9 @@ def selected(
     made = []
     for part, kind in (("indices", "I64"), ("values", dtype)):
         spec = TensorSpec(f"{name}:{part}", kind, (offsets[-1],))
-        maker = _Selected(part, dtype, tuned.output.entries, boundary, offsets, tuple(ties))  # type: ignore[arg-type]
-        made.append(Made(spec, maker, (tuned, base)))
+        maker = _Selected(name, part, dtype, tuned.output.entries, boundary, offsets, tuple(ties))  # type: ignore[arg-type]
+        narrow = dtype == "F32" and c_float(boundary).value == boundary
+        made.append(Made(spec, maker, (tuned, base), compiled=_CompiledSelected(maker) if narrow else None))
     return made[0], made[1]
 
 
@@ -131,6 +135,7 @@ class _Restored:
 class _Selected:
     """Gives a run of the selected entries: finds the blocks in which they lie, and goes through those."""
 
+    name: str
     part: Literal["indices", "values"]
     dtype: str
     entries: int
@@ -160,3 +165,44 @@ class _Selected:
             low, high = max(first, span.start), min(last, span.stop)
             result[low - span.start : high - span.start] = values[low - first : high - first]
         return result
+
+
+@dataclass(frozen=True)
+class _CompiledSelected:
+    """The same over stored bytes, of fp32 changes."""
+
+    maker: _Selected
+    whole = False
+
+    def make(self, span: slice, inputs: Stores, out: int) -> None:
+        """Write a flat run of positions, or of values, at an address."""
+        positions = self.maker.part == "indices"
+        size, offsets = sizeof(c_int64 if positions else c_float), self.maker.offsets
+        boundary = c_uint32.from_buffer(c_float(self.maker.boundary))
+        for first, last in self._stretches(span, inputs.part // GRID):
+            start, stop = first * GRID, min(last * GRID, self.maker.entries)
+            begin = max(offsets[first], span.start)
+            most = min(offsets[last], span.stop) - begin
+            tensors = (inputs.read(index, slice(start, stop)) for index in (_FIRST, _SECOND))
+            ties = (c_int64 * (last - first))(*self.maker.ties[first:last])
+            to = out + (begin - span.start) * size
+            taken = functions().take_selected(
+                *(stop - start, *tensors, boundary, ties, start, begin - offsets[first], most),
+                *((to, None) if positions else (None, to)),
+            )
+            if taken != most:
+                hint = "build again, and leave the files alone meanwhile"
+                raise CheckpointError(f"tensor {self.maker.name}", "is not what it was when it was surveyed", hint)
+
+    def _stretches(self, span: slice, most: int) -> Iterator[tuple[int, int]]:
+        """Give the first and the last block (exclusive) of stretches without empty blocks that meet a run."""
+        offsets = self.maker.offsets
+        block, end = bisect_right(offsets, span.start) - 1, len(self.maker.ties)
+        while block < end and offsets[block] < span.stop:
+            first = block
+            while block < min(end, first + most) and offsets[block] < min(span.stop, offsets[block + 1]):
+                block += 1
+            if first < block:
+                yield first, block
+            else:
+                block += 1

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from ..errors import MergeError
 from ..evaluate import GRID
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _HIGH = 16  # bits of |x| that the first pass counts by
-_KEPT = 1 << 24  # entries near the boundary that may be held in memory; beyond, more passes are made
+KEPT = 1 << 24  # entries near the boundary that may be held in memory; beyond, more passes are made
 _SAMPLED, _ENOUGH = 16, 64  # one part in so many is looked at first, if that leaves enough of them
 _MARGIN = 0.1  # how far, as a share of k, the first look may be wrong
-_AGAIN = "only so many entries differ from the base: ask for no more"
+AGAIN = "only so many entries differ from the base: ask for no more"
 
 
 @dataclass(frozen=True)
@@ -63,29 +63,48 @@ def select(groups: Mapping[str, Parts], *, count: int, wide: bool = False) -> Se
     kept = None if wide else _sifted(groups, count, *_region(groups, count))
     boundary, counts, ties = kept or _by_radix(groups, count, wide)
     if boundary == 0:
-        changed = sum(int(found) for _, found in _over(groups, lambda deltas, _: (deltas != 0).sum()))
-        raise MergeError("", f"{count:,} entries are asked for, and {changed:,} differ", _AGAIN)
+        changed = sum(int(found) for _, found in over(groups, lambda deltas, _: (deltas != 0).sum()))
+        raise MergeError("", f"{count:,} entries are asked for, and {changed:,} differ", AGAIN)
     return Selection(boundary, counts, ties, sum(parts.entries for parts in groups.values()))
 
 
 def chosen(deltas: Tensor, boundary: float, ties: int) -> Tensor:
-    """Tell which entries of one block are selected: bool [block]."""
+    """Tell which entries of one block are selected: bool [block]. NaN is larger than all numbers, by its bits."""
     import torch
 
     magnitude = deltas.abs()
-    if float(torch.tensor(boundary, dtype=deltas.dtype)) != boundary:  # found among fp64 tensors
+    if float(torch.tensor(boundary, dtype=deltas.dtype)) != boundary:  # found among fp64 tensors, or NaN
         magnitude = magnitude.double()
-    keep = magnitude > boundary
+    bits, limit = _bits(magnitude), _bits(torch.tensor(boundary, dtype=magnitude.dtype))
+    keep = bits > limit
     if ties:
-        equal = (magnitude == boundary).nonzero()[:ties, 0]
-        keep[equal] = True
+        keep[(bits == limit).nonzero()[:ties, 0]] = True
     return keep
+
+
+def _bits(magnitude: Tensor) -> Tensor:
+    """Give the bits of magnitudes, which order as these do."""
+    import torch
+
+    return magnitude.view(torch.int64 if magnitude.dtype == torch.float64 else torch.int32)
 
 
 Counts = dict[str, list[int]]  # tensor → a number for each of its blocks
 
 
-def _over(groups: Mapping[str, Parts], function: Callable[..., T], every: int = 1) -> Iterator[tuple[str, T]]:
+class Streamed(Protocol):
+    """The parts of one tensor, each a call that reads it, to be worked on by so many threads."""
+
+    @property
+    def threads(self) -> int:
+        """How many parts are worked on at once."""
+
+    @property
+    def runs(self) -> Callable[[], Iterable[Callable[[], tuple[Any, ...]]]]:
+        """Give the parts, anew at each call."""
+
+
+def over(groups: Mapping[str, Streamed], function: Callable[..., T], every: int = 1) -> Iterator[tuple[str, T]]:
     """Give function(*part) for every part of all tensors, or one in so many, in order, with the tensor's name."""
     runs = [(name, run) for name, parts in groups.items() for run in parts.runs()][::every]
     threads = next(iter(groups.values())).threads
@@ -99,7 +118,7 @@ def _region(groups: Mapping[str, Parts], count: int) -> tuple[int, int]:
     parts = sum(1 for one in groups.values() for _ in one.runs())
     every = max(1, min(_SAMPLED, parts // _ENOUGH))
     histogram = torch.zeros(1 << _HIGH, dtype=torch.int64)
-    for _, found in _over(groups, _high_bits, every):
+    for _, found in over(groups, _high_bits, every):
         histogram += found
     above = histogram.flip(0).cumsum(0)  # above[i]: entries in the i + 1 highest bins
     scale = int(above[-1]) / sum(one.entries for one in groups.values())
@@ -120,10 +139,10 @@ def _sifted(groups: Mapping[str, Parts], count: int, low: int, high: int) -> tup
     """Find the boundary in a region of bits, and the counts of every block; nothing where it is not to be found so."""
     import torch
 
-    region = torch.empty(_KEPT, dtype=torch.int32)  # one buffer: many small ones would scatter over the heap
+    region = torch.empty(KEPT, dtype=torch.int32)  # one buffer: many small ones would scatter over the heap
     held, pieces = 0, []
-    for name, (inside, sizes, above) in _over(groups, lambda deltas, _: _sift(deltas[0], low, high)):
-        if held + len(inside) > _KEPT:
+    for name, (inside, sizes, above) in over(groups, lambda deltas, _: _sift(deltas[0], low, high)):
+        if held + len(inside) > KEPT:
             return None
         region[held : held + len(inside)] = inside
         held += len(inside)
@@ -133,7 +152,7 @@ def _sifted(groups: Mapping[str, Parts], count: int, low: int, high: int) -> tup
         return None
     boundary = region.kthvalue(held - wanted + 1).values
     ties, start = wanted - int((region > boundary).sum()), 0
-    counts, equals = _empty(groups), _empty(groups)
+    counts, equals = empty(groups), empty(groups)
     for name, sizes, above in pieces:
         more, same = list(above), []
         for i, size in enumerate(sizes):
@@ -141,7 +160,7 @@ def _sifted(groups: Mapping[str, Parts], count: int, low: int, high: int) -> tup
             more[i] += int((block > boundary).sum())
             same.append(int((block == boundary).sum()))
             start += size
-        ties = _taken(counts[name], equals[name], more, same, ties)
+        ties = taken(counts[name], equals[name], more, same, ties)
     return boundary.view(torch.float32).item(), counts, equals
 
 
@@ -158,17 +177,18 @@ def _sift(delta: Tensor, low: int, high: int) -> tuple[Tensor, list[int], list[i
     return inside[inside < high], sizes, above
 
 
-def _empty(groups: Mapping[str, Parts]) -> Counts:
+def empty(groups: Mapping[str, Streamed]) -> Counts:
+    """Give counts of no block yet."""
     return {name: [] for name in groups}
 
 
-def _taken(counts: list[int], equals: list[int], more: list[int], same: list[int], ties: int) -> int:
+def taken(counts: list[int], equals: list[int], more: Iterable[int], same: Iterable[int], ties: int) -> int:
     """Add the counts of some blocks; give how many entries on the boundary are still to be taken after them."""
     for above, equal in zip(more, same, strict=True):
-        taken = min(equal, ties)
-        ties -= taken
-        counts.append(above + taken)
-        equals.append(taken)
+        first = min(equal, ties)
+        ties -= first
+        counts.append(above + first)
+        equals.append(first)
     return ties
 
 
@@ -183,17 +203,18 @@ def _by_radix(groups: Mapping[str, Parts], count: int, wide: bool) -> tuple[floa
 
     (cut,) = largest(stream, [count])
     assert cut is not None
-    found = list(_over(groups, lambda deltas, _: _counted(deltas[0].to(kind).abs(), cut.value)))
+    limit = _bits(torch.tensor(cut.value, dtype=kind))
+    found = list(over(groups, lambda deltas, _: _counted(_bits(deltas[0].to(kind).abs()), limit)))
     ties = count - sum(sum(above) for _, (above, _) in found)
-    counts, equals = _empty(groups), _empty(groups)
+    counts, equals = empty(groups), empty(groups)
     for name, (above, same) in found:
-        ties = _taken(counts[name], equals[name], above, same, ties)
+        ties = taken(counts[name], equals[name], above, same, ties)
     return cut.value, counts, equals
 
 
-def _counted(magnitude: Tensor, boundary: float) -> tuple[list[int], list[int]]:
+def _counted(bits: Tensor, limit: Tensor) -> tuple[list[int], list[int]]:
     """Count, in each block of a part, what lies above the boundary and what lies on it."""
     import torch
 
-    blocks = torch.split(magnitude, GRID) if len(magnitude) else ()
-    return [int((one > boundary).sum()) for one in blocks], [int((one == boundary).sum()) for one in blocks]
+    blocks = torch.split(bits, GRID) if len(bits) else ()
+    return [int((one > limit).sum()) for one in blocks], [int((one == limit).sum()) for one in blocks]
