@@ -19,9 +19,10 @@ from . import companions, model_card
 from .byte_copies import copied, is_byte_copy, is_shared
 from .checkpoint import Checkpoint
 from .compiled.making import is_compiled, made
+from .device import CPU, chosen, whole_products
 from .dtypes import parse
 from .errors import OutputError
-from .evaluate import GRID, LARGEST_PART, Evaluation, Session, conduct
+from .evaluate import GRID, LARGEST_ELSEWHERE, LARGEST_PART, Evaluation, Session, conduct
 from .kernels import one_thread
 from .node import Inputs, Made, Node, Source, Step, Survey
 from .output import check_place, published
@@ -50,16 +51,17 @@ class Progress:
 
 @dataclass(frozen=True)
 class Limits:
-    """How much of the machine a build may use: threads, and bytes in flight."""
+    """How much of the machine a build may use: threads, bytes in flight, and the device where torch computes."""
 
     threads: int
     memory: int
+    device: str = CPU
 
     @classmethod
-    def of(cls, threads: int | None, memory: int | None) -> Limits:
+    def of(cls, threads: int | None, memory: int | None, device: str = CPU) -> Limits:
         """Take what was asked for; else every processor that the process may use, and 256 MB."""
         usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return cls(threads or usable, memory or MEMORY)
+        return cls(threads or usable, memory or MEMORY, device)
 
     def session(self, plan: Plan) -> tuple[int, Session]:
         """Choose the size of parts and how many threads the memory allows. OutputError where it is too small."""
@@ -70,8 +72,9 @@ class Limits:
             raise OutputError("--memory", f"{readable(self.memory)} is too small: this plan needs {needed}")
         threads = max(1, min(self.threads, self.memory // (entry * GRID), self.memory // max(1, _most_held(plan))))
         share = self.memory // threads
-        part = max(GRID, min(LARGEST_PART, share // 2 // entry // GRID * GRID))
-        return threads, Session(part, keep=share // 2, threads=threads)
+        largest = LARGEST_PART if self.device == CPU else LARGEST_ELSEWHERE
+        part = max(GRID, min(largest, share // 2 // entry // GRID * GRID))
+        return threads, Session(part, keep=share // 2, threads=threads, device=self.device)
 
     def in_flight(self, plan: Plan) -> int:
         """Estimate the most bytes that a build holds at once, beside what torch itself takes."""
@@ -125,6 +128,7 @@ def build(
     shard_size: int = SHARD_SIZE,
     threads: int | None = None,
     memory: int | None = None,
+    device: str = CPU,
     force: bool = False,
     recipe: str | None = None,
     progress: Progress | None = None,
@@ -138,16 +142,17 @@ def build(
         shard_size: the most bytes in one file.
         threads: how many tensors are made at once; the result does not depend on it.
         memory: bytes in flight; the result does not depend on it.
+        device: where torch computes what is not copied byte for byte: `cpu`, `cuda`, `cuda:1`.
         force: replace an earlier result.
         recipe: the recipe's text, for receipt and model card.
         progress: is told how far the work is.
 
     Raises MergeError, CheckpointError or OutputError; the first two before any weights are read, where headers show it.
     """
-    begun, out = time.monotonic(), Path(out)
+    begun, out, device = time.monotonic(), Path(out), chosen(device)
     plan = make_plan(checkpoint, parse(dtype) if dtype else None)
     check_place(out, nbytes=plan.bytes_written, force=force)
-    limits = Limits.of(threads, memory)
+    limits = Limits.of(threads, memory, device)
     limits.session(plan)  # a budget that is too small is refused here
     with published(out) as folder:
         found = surveyed(plan, limits, progress or Progress())
@@ -161,7 +166,7 @@ def build(
         beside = checkpoint.companions.with_texts_of(plan.companions)
         companions.write(beside, folder, [step.output for step in plan.steps])
         (folder / "README.md").write_text(model_card.text(plan, recipe, checkpoint.companions.form), encoding="utf-8")
-        receipt = make_receipt(plan, Done(digests, found), recipe, time.monotonic() - begun)
+        receipt = make_receipt(plan, Done(digests, found), recipe, device, time.monotonic() - begun)
         receipt.write(folder)
     return receipt
 
@@ -172,7 +177,7 @@ def surveyed(plan: Plan, limits: Limits, progress: Progress) -> dict[Survey, Any
     if plan.surveys:
         _, session = limits.session(plan)
         progress.begin("survey", sum(survey.nbytes for survey in plan.surveys), len(plan.surveys))
-        with one_thread():
+        with _alone():
             for survey in plan.surveys:
                 found[survey] = conduct(survey, replace(session, found=found))
                 progress.advance(survey.nbytes, 1)
@@ -186,11 +191,18 @@ def carry_out(
     threads, session = limits.session(plan)
     session = replace(session, found=found)
     ways = {step: _way(step, session) for step in plan.steps}
-    with one_thread() if any(map(_needs_torch, ways.values())) else nullcontext(), _pool(threads) as run:
+    with _alone() if any(map(_needs_torch, ways.values())) else nullcontext(), _pool(threads) as run:
         progress.begin("merge", plan.bytes_written, len(plan.steps))
         work = ([_Making(step, ways[step], writer, progress) for step in steps] for steps in _in_order(plan))
         digests = run(work)
     return {step.output.name: digests[step.output.name] for step in plan.steps}
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Let torch compute as the results' bits need it, whatever the program around has chosen."""
+    with one_thread(), whole_products():
+        yield
 
 
 def _in_order(plan: Plan) -> list[list[Step]]:
@@ -233,7 +245,7 @@ def _way(step: Step, session: Session) -> Way:
     """Choose how the bytes of a tensor are made: carried over, by the compiled library, or by torch."""
     if is_byte_copy(step) or is_shared(step):
         return copied
-    if is_compiled(step, session):
+    if session.device == CPU and is_compiled(step, session):
         return partial(made, session=session)
     return partial(_by_torch, session=session)
 

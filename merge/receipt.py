@@ -31,6 +31,7 @@ class Receipt:
         notes: what was renamed, kept or left out because the recipe said so.
         seeds: the seeds of all random steps.
         versions: of portmanteau, Python and torch.
+        device: where torch computed; on another one some operators may give other bits.
         seconds: the time that it took.
 
     """
@@ -42,6 +43,7 @@ class Receipt:
     surveys: Mapping[str, Any]
     notes: tuple[str, ...]
     seeds: tuple[int, ...]
+    device: str
     seconds: float
     versions: Mapping[str, str] = field(default_factory=lambda: _versions())
 
@@ -59,7 +61,7 @@ class Done:
     found: Mapping[Survey, Any]
 
 
-def make_receipt(plan: Plan, done: Done, recipe: str | None, seconds: float) -> Receipt:
+def make_receipt(plan: Plan, done: Done, recipe: str | None, device: str, seconds: float) -> Receipt:
     """Put the record together."""
     text = {"text": recipe, "digest": digest(recipe.encode())} if recipe is not None else None
     inputs = tuple(_input(checkpoint) for checkpoint in plan.checkpoints)
@@ -67,7 +69,7 @@ def make_receipt(plan: Plan, done: Done, recipe: str | None, seconds: float) -> 
     seeds = dict.fromkeys(step.settings["seed"] for step in every if "seed" in step.settings)
     surveys = {survey.title: _plain(value) for survey, value in done.found.items()}
     what = choices(plan)
-    return Receipt(text, inputs, dict(done.digests), what, surveys, plan.notes, tuple(seeds), round(seconds, 3))
+    return Receipt(text, inputs, dict(done.digests), what, surveys, plan.notes, tuple(seeds), device, round(seconds, 3))
 
 
 def _plain(value: Any) -> Any:

@@ -85,16 +85,16 @@ def changes_and_ranks(
 
 
 def _spectrum(parts: Parts, shape: tuple[int, int]) -> Tensor:
-    """Give the squared singular values of a matrix that comes in parts, the largest first."""
+    """Give the squared singular values of a matrix that comes in parts, the largest first, on the processor."""
     import torch
 
     matrix = torch.cat([deltas[0] for deltas, _ in parts]).reshape(shape)
     matrix = matrix if shape[0] >= shape[1] else matrix.T
-    gram = torch.zeros(matrix.shape[1], matrix.shape[1], dtype=torch.float64)
+    gram = matrix.new_zeros(matrix.shape[1], matrix.shape[1], dtype=torch.float64)
     for start in range(0, matrix.shape[0], _BLOCK):
         rows = matrix[start : start + _BLOCK].double()
         gram += rows.T @ rows
-    squares: Tensor = torch.linalg.eigvalsh(gram).clamp(min=0).flip(0)
+    squares: Tensor = torch.linalg.eigvalsh(gram).cpu().clamp(min=0).flip(0)
     return squares
 
 

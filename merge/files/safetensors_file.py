@@ -52,7 +52,7 @@ class SafetensorsFile:
 
         spec = self.specs[name]
         size = byte_size(spec.dtype, part.stop - part.start)
-        raw = torch.empty(size, dtype=torch.uint8)
+        raw = torch.empty(size, dtype=torch.uint8, device="cpu")
         self.read_into(name, raw.numpy().data, byte_size(spec.dtype, part.start))
         return raw.view(torch_dtype(spec.dtype))
 

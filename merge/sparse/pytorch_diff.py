@@ -89,7 +89,7 @@ def _decoded(entry: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, ...]]:
     import torch
 
     size, values = tuple(int(one) for one in entry["size"]), entry["values"]
-    steps = torch.tensor([int(step) for step in entry["index_steps"]], dtype=torch.int64)
+    steps = torch.tensor([int(step) for step in entry["index_steps"]], dtype=torch.int64, device="cpu")
     entries = 1
     for one in size:
         entries *= one
