@@ -65,7 +65,7 @@ class Evaluation:
         dtype = torch_dtype(node.output.dtype)
         for span in self._session.spans(node.output.entries):
             with self._device.own_stream():
-                values = self._device.fetched(self.value(node, span).to(dtype))
+                values = self._device.fetched(rounded(self.value(node, span), node, dtype))
             yield span, values
 
     def value(self, node: Node, span: slice) -> Tensor:
@@ -169,6 +169,19 @@ class Evaluation:
         for row, node in zip(stack, nodes, strict=True):
             row.copy_(self.value(node, span))
         return stack
+
+
+def rounded(values: Tensor, node: Node, dtype: torch.dtype) -> Tensor:
+    """Cast to the output's dtype. MergeError where eight bits cannot hold an entry: torch would cut it off, unsaid."""
+    import torch
+
+    if dtype.itemsize == 1 and dtype.is_floating_point and values.dtype != dtype and values.numel():
+        largest, most = float(values.abs().max()), torch.finfo(dtype).max
+        if largest > most:
+            name = str(dtype).removeprefix("torch.")
+            what = f"an entry of magnitude {largest:g} does not fit into {name}, whose largest is {most:g}"
+            raise MergeError(f"tensor {node.output.name}", what, "write it as bfloat16: output: {dtype: bfloat16}")
+    return values.to(dtype)
 
 
 def resolved(settings: Mapping[str, Any], session: Session) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from .evaluate import GRID, LARGEST_ELSEWHERE, LARGEST_PART, Evaluation, Session
 from .kernels import one_thread
 from .node import Inputs, Made, Node, Source, Step, Survey
 from .output import check_place, published
+from .page_cache import Reading, crowds_memory
 from .plan import Plan, make_plan
 from .receipt import Done, Receipt, make_receipt
 from .units import readable
@@ -160,7 +161,7 @@ def build(
         writer = Writer(folder, (step.output for step in plan.steps), shard_size, checkpoint.companions.form)
         try:
             digests = carry_out(plan, found, writer, limits, progress or Progress())
-            writer.finish()
+            writer.finish(forget=crowds_memory(plan))
         finally:
             writer.close()
         beside = checkpoint.companions.with_texts_of(plan.companions)
@@ -193,7 +194,10 @@ def carry_out(
     ways = {step: _way(step, session) for step in plan.steps}
     with _alone() if any(map(_needs_torch, ways.values())) else nullcontext(), _pool(threads) as run:
         progress.begin("merge", plan.bytes_written, len(plan.steps))
-        work = ([_Making(step, ways[step], writer, progress) for step in steps] for steps in _in_order(plan))
+        reading = Reading(plan)
+        work = (
+            [_Making(step, reading.once(ways[step]), writer, progress) for step in steps] for steps in _in_order(plan)
+        )
         digests = run(work)
     return {step.output.name: digests[step.output.name] for step in plan.steps}
 

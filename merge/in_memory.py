@@ -40,6 +40,9 @@ class InMemory(Checkpoint):
         tensor = self._tensors[name]
         return (tensor.reshape(-1)[part] if part is not None else tensor).to("cpu", copy=True)
 
+    def forget(self, name: str) -> None:
+        """Do nothing: no file is behind it."""
+
     def read_into(self, name: str, buffer: memoryview, at: int = 0) -> None:
         """Fill a buffer with the tensor's bytes, from byte `at` of the tensor on."""
         import torch

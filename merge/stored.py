@@ -40,6 +40,9 @@ class WeightFile(Protocol):
     def read_into(self, name: str, buffer: memoryview, at: int = 0) -> None:
         """Fill a buffer with stored bytes of one tensor."""
 
+    def forget(self, name: str) -> None:
+        """Tell the system that a tensor is not read again."""
+
     def read(self, name: str, part: slice) -> Tensor:
         """Read a flat run of entries."""
 
@@ -91,6 +94,10 @@ class StoredCheckpoint(Checkpoint):
     def read_into(self, name: str, buffer: memoryview, at: int = 0) -> None:
         """Fill a buffer with the tensor's stored bytes, from its byte `at` on."""
         self._file[name].read_into(name, buffer, at)
+
+    def forget(self, name: str) -> None:
+        """Tell the system that a tensor is not read again."""
+        self._file[name].forget(name)
 
 
 def open(reference: str | Path, *, revision: str | None = None, label: str | None = None) -> StoredCheckpoint:

@@ -57,7 +57,7 @@ LAYERS = (  # a file imports only from layers above its own
     ("merge.sparse.fingerprint", "merge.sparse.entries", "merge.sparse.file"),
     ("merge.plan",),
     ("merge.adapters.low_rank", "merge.adapters.decomposition"),
-    ("merge.receipt", "merge.describe.bottleneck", "merge.describe.sparse"),
+    ("merge.receipt", "merge.page_cache", "merge.describe.bottleneck", "merge.describe.sparse"),
     ("merge.describe.plans", "merge.model_card", "merge.output"),
     ("merge.describe",),
     ("merge.execute",),

@@ -46,6 +46,10 @@ class SafetensorsFile:
         except (EOFError, OSError) as error:
             raise CheckpointError(f"{self.path}: tensor {name}", f"cannot be read: {error}") from error
 
+    def forget(self, name: str) -> None:
+        """Tell the system that the tensor is not read again."""
+        self._file.forget(self._start + self._offsets[name], self.specs[name].nbytes)
+
     def read(self, name: str, part: slice) -> Tensor:
         """Read a flat run of entries [part.stop - part.start], in the stored dtype."""
         import torch

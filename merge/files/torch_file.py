@@ -43,6 +43,9 @@ class TorchFile:
         flat = self.read(name, slice(at // size, (at + len(buffer)) // size))
         buffer[:] = flat.view(torch.uint8).numpy().data
 
+    def forget(self, name: str) -> None:
+        """Do nothing: its pages are mapped, and the system drops those by itself."""
+
     def read(self, name: str, part: slice) -> Tensor:
         """Read a flat run of entries [part.stop - part.start], in the stored dtype."""
         return self._tensors[name].reshape(-1)[part].clone()
