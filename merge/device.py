@@ -78,6 +78,17 @@ class Device:
     def _is_cuda(self) -> bool:
         return self.name.startswith(_CUDA)
 
+    @contextmanager
+    def enough_room(self) -> Iterator[None]:
+        """Say what to do where the device's memory is full. Raises OutputError."""
+        import torch
+
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            hint = "work on less at once: --threads 1, or a smaller --memory"
+            raise OutputError("--device", f"the memory of {self.name} is full", hint) from error
+
     def own_stream(self) -> AbstractContextManager[Any]:
         """Let this thread's work be queued beside that of the others, where the device has queues."""
         if not self._is_cuda:

@@ -19,7 +19,7 @@ from . import companions, model_card
 from .byte_copies import copied, is_byte_copy, is_shared
 from .checkpoint import Checkpoint
 from .compiled.making import is_compiled, made
-from .device import CPU, chosen, whole_products
+from .device import CPU, Device, chosen, whole_products
 from .dtypes import parse
 from .errors import OutputError
 from .evaluate import GRID, LARGEST_ELSEWHERE, LARGEST_PART, Evaluation, Session, conduct
@@ -178,7 +178,7 @@ def surveyed(plan: Plan, limits: Limits, progress: Progress) -> dict[Survey, Any
     if plan.surveys:
         _, session = limits.session(plan)
         progress.begin("survey", sum(survey.nbytes for survey in plan.surveys), len(plan.surveys))
-        with _alone():
+        with _alone(limits.device):
             for survey in plan.surveys:
                 found[survey] = conduct(survey, replace(session, found=found))
                 progress.advance(survey.nbytes, 1)
@@ -192,7 +192,7 @@ def carry_out(
     threads, session = limits.session(plan)
     session = replace(session, found=found)
     ways = {step: _way(step, session) for step in plan.steps}
-    with _alone() if any(map(_needs_torch, ways.values())) else nullcontext(), _pool(threads) as run:
+    with _alone(limits.device) if any(map(_needs_torch, ways.values())) else nullcontext(), _pool(threads) as run:
         progress.begin("merge", plan.bytes_written, len(plan.steps))
         reading = Reading(plan)
         work = (
@@ -203,9 +203,9 @@ def carry_out(
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
+def _alone(device: str) -> Iterator[None]:
     """Let torch compute as the results' bits need it, whatever the program around has chosen."""
-    with one_thread(), whole_products():
+    with one_thread(), whole_products(), Device(device).enough_room():
         yield
 
 

@@ -22,6 +22,7 @@ from portmanteau.merge.node import Source
 from portmanteau.merge.registry import operators
 from tests.conftest import LLAMA
 from tests.elsewhere import PLACE, elsewhere, sent
+from tests.test_cli import run
 from tests.test_lora import save_adapter
 from tests.test_operators import LONG, assert_same_bits, made, mixed, named, stack_of, step_of, variants
 
@@ -45,7 +46,7 @@ OTHERWISE = {  # operators that are made of more than IEEE 754's operations, and
 def test_an_operator_gives_the_same_bits_on_another_device(operator: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
     models, base = stack_of(operator, LONG, make=mixed), mixed(LONG, 9)
     for settings in (*variants(operator), FURTHER.get(operator.name, {})):
-        for dtype in (torch.float32, torch.float64):
+        for dtype in (torch.float32, torch.float64) if not settings else (torch.float32,):
             step = step_of(operator, models.to(dtype), base.to(dtype), settings)
             here = made(step, Session())
             with elsewhere(monkeypatch) as inexact:
@@ -165,6 +166,26 @@ def test_a_device_that_is_not_there_is_refused_before_any_work(
     with pytest.raises(OutputError, match=f"there is no '{name}' to compute on: torch .* offers cpu here"):
         merge.build(model, tmp_path / "new" / "out", device=name)
     assert not (tmp_path / "new").exists()
+
+
+def test_the_command_line_says_what_there_is_to_compute_on(models: Path, tmp_path: Path) -> None:
+    (models / "swap.yaml").write_text("merge: {linear: {models: [./math, ./swahili]}}", encoding="utf-8")
+    done = run("build", models / "swap.yaml", tmp_path / "out", "--device", "cuda")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines() == [
+        f"--device: there is no 'cuda' to compute on: torch {torch.__version__} offers cpu here",
+        "  hint: a GPU needs its driver and a build of torch for CUDA or ROCm",
+    ]
+    assert run("build", models / "swap.yaml", tmp_path / "out", "--device", "cpu").returncode == 0
+
+
+def test_a_gpu_whose_memory_is_full_is_no_traceback() -> None:
+    with pytest.raises(OutputError) as caught, Device("cuda:1").enough_room():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+    assert str(caught.value).splitlines() == [
+        "--device: the memory of cuda:1 is full",
+        "  hint: work on less at once: --threads 1, or a smaller --memory",
+    ]
 
 
 def test_the_first_gpu_needs_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
