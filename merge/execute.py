@@ -117,7 +117,8 @@ def _held(node: Node) -> int:
     if isinstance(node, Step):
         width = (node.output.shape or (1,))[-1]
         own = 2 * width * _gathered_bytes(node.inputs) if node.operator.rows else 0
-        own += node.operator.holds * node.output.entries * (8 if node.inputs.dtype == "F64" else 4)
+        matrices = node.operator.holds + node.operator.holds_each * sum(1 for _ in node.inputs)
+        own += matrices * node.output.entries * (8 if node.inputs.dtype == "F64" else 4)
     return own + sum(map(_held, node.inputs))
 
 
@@ -180,9 +181,28 @@ def surveyed(plan: Plan, limits: Limits, progress: Progress) -> dict[Survey, Any
         progress.begin("survey", sum(survey.nbytes for survey in plan.surveys), len(plan.surveys))
         with _alone(limits.device):
             for survey in plan.surveys:
-                found[survey] = conduct(survey, replace(session, found=found))
-                progress.advance(survey.nbytes, 1)
+                told = _Reading(progress, survey.nbytes)
+                found[survey] = conduct(survey, replace(session, found=found), told.advance)
+                told.finish()
     return found
+
+
+class _Reading:
+    """Tells how much of a survey's bytes are read; those that it reads again are not counted again."""
+
+    def __init__(self, progress: Progress, nbytes: int) -> None:
+        self._progress, self._left, self._lock = progress, nbytes, threading.Lock()
+
+    def advance(self, nbytes: int) -> None:
+        """Tell that so many more are read. Called from any thread."""
+        with self._lock:
+            now = min(nbytes, self._left)
+            self._left -= now
+        self._progress.advance(now)
+
+    def finish(self) -> None:
+        """Tell that the survey is done."""
+        self._progress.advance(self._left, 1)
 
 
 def carry_out(

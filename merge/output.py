@@ -9,28 +9,43 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import OutputError
+from .errors import Mistake, OutputError
 from .files.storage import sync_folder
 from .receipt import RECEIPT
 from .units import readable
 
+_LONGEST_NAME = 220  # bytes; 255 with what temporary names add
 _SLACK = 64 << 20  # room for companions and for what the file system keeps for itself
 
 
 def check_place(out: Path, *, nbytes: int, force: bool) -> None:
-    """Check, before any work, that the result can be written. Raises OutputError where it cannot."""
+    """Check, before any work, that the result can be written. Raises OutputError with all that is in its way."""
+    mistakes = place_mistakes(out, nbytes=nbytes, force=force)
+    if mistakes:
+        raise OutputError.of(mistakes)
+
+
+def place_mistakes(out: Path, *, nbytes: int, force: bool) -> list[Mistake]:
+    """Find everything that would keep a result of so many bytes from being written."""
+    where, found = str(out), []
     if os.path.lexists(out) and not force:  # a broken link is there too
-        raise OutputError(str(out), "exists already", "choose another name, or replace it with --force")
-    if os.path.lexists(out) and not _is_ours(out):
+        found.append(Mistake(where, "exists already", "choose another name, or replace it with --force"))
+    elif os.path.lexists(out) and not _is_ours(out):
         hint = "--force replaces only what portmanteau built, or an empty folder; remove this one yourself if it may go"
-        raise OutputError(str(out), "exists, and was not built by portmanteau", hint)
+        found.append(Mistake(where, "exists, and was not built by portmanteau", hint))
+    if not out.name.isprintable() or len(os.fsencode(out.name)) > _LONGEST_NAME:
+        found.append(Mistake(where, "is no name for a folder", "choose a shorter name, of signs that can be shown"))
     home = _existing_parent(out)
-    if not os.access(home, os.W_OK):
-        raise OutputError(str(out), f"no right to write in {home}")
+    if not home.is_dir():
+        return [*found, Mistake(where, f"{home} is a file")]
+    if not os.access(home, os.W_OK | os.X_OK):
+        found.append(Mistake(where, f"no right to write in {home}"))
     free = shutil.disk_usage(home).free
     if free < nbytes + _SLACK:
         hint = "free some space, choose another disk, or a smaller output dtype"
-        raise OutputError(str(out), f"needs {readable(nbytes + _SLACK)}, and {home} has {readable(free)} free", hint)
+        what = f"needs {readable(nbytes + _SLACK)}, and {home} has {readable(free)} free"
+        found.append(Mistake(where, what, hint))
+    return found
 
 
 def check_file(path: Path, *, force: bool) -> None:
@@ -50,11 +65,9 @@ def _is_ours(out: Path) -> bool:
 
 
 def _existing_parent(out: Path) -> Path:
-    """Find the nearest folder above that exists."""
+    """Find the nearest thing above that exists, which should be a folder."""
     parent = out.absolute().parent
-    while not parent.is_dir():
-        if parent.exists():
-            raise OutputError(str(out), f"{parent} is a file")
+    while not os.path.lexists(parent):
         parent = parent.parent
     return parent
 

@@ -14,6 +14,7 @@ import blake3
 
 from .node import Finding, Store, Survey, steps
 from .plan import Plan
+from .shown import json_text
 
 RECEIPT = "portmanteau.json"
 
@@ -49,8 +50,7 @@ class Receipt:
 
     def write(self, folder: Path) -> None:
         """Write it into a folder."""
-        text = json.dumps(asdict(self), indent=2, ensure_ascii=False)
-        (folder / RECEIPT).write_text(text + "\n", encoding="utf-8")
+        (folder / RECEIPT).write_text(json_text(asdict(self), indent=2) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)

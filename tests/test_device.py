@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from array import array
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,17 +15,18 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from portmanteau import compositions, merge
-from portmanteau.merge import Operator, OutputError, device
+from portmanteau.merge import Operator, OutputError, TensorSpec, device
 from portmanteau.merge.adapters import decomposition
 from portmanteau.merge.device import Device, chosen, offered, whole_products
 from portmanteau.merge.evaluate import Evaluation, Session
 from portmanteau.merge.node import Source
 from portmanteau.merge.registry import operators
+from portmanteau.merge.rows import FILL, MEAN, ZERO, RowMap, rows_of
 from tests.conftest import LLAMA
 from tests.elsewhere import PLACE, elsewhere, sent
 from tests.test_cli import run
 from tests.test_lora import save_adapter
-from tests.test_operators import LONG, assert_same_bits, made, mixed, named, stack_of, step_of, variants
+from tests.test_operators import LONG, assert_same_bits, made, mixed, named, smooth, stack_of, step_of, variants
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",  # peft calls transformers by an old name
@@ -110,6 +112,25 @@ def test_a_build_gives_the_same_bytes_on_another_device(
     assert there.outputs == here.outputs
     assert inexact == RECIPES[body]
     assert (here.device, there.device) == ("cpu", f"{PLACE}:0")
+
+
+def test_a_table_of_rows_of_others_is_the_same_on_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = [smooth((4, 3), seed) for seed in (1, 2)]
+    stored = merge.InMemory("tables", {"a": tables[0], "b": tables[1]})
+    source, row = array("i", [0, 0, ZERO, 1, MEAN, FILL]), array("i", [3, 1, 0, 2, 0, 0])
+    owned = array("i", [-1, -1, -1, -1, 0, -1]), array("i", [-1, -1, -1, -1, 3, -1])
+    made = rows_of(
+        TensorSpec("t", "F32", (6, 3)),
+        RowMap(source, row, owned, bytes([1, 1, 0, 0, 0, 0])),
+        tuple(map(stored.node, "ab")),
+    )
+    with elsewhere(monkeypatch) as inexact:
+        ((_, there),) = Evaluation(Session(device=PLACE)).parts(made)
+    a, b = tables
+    fill = (a[3].double() + a[1].double()) / 2
+    expected = torch.stack([a[3], a[1], torch.zeros(3), b[2], (a[0] + b[3]) / 2, fill.float()])
+    assert torch.equal(there.reshape(6, 3), expected)
+    assert inexact == set()
 
 
 def test_tensors_of_a_model_that_was_trained_elsewhere_are_read_here(monkeypatch: pytest.MonkeyPatch) -> None:
