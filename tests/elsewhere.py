@@ -32,9 +32,9 @@ PLACE = "meta"
 _MAKERS = frozenset(_device_constructors())
 _COPIES = ("copy_", "_to_copy")
 _MOVED = (  # entries are taken, put, compared and asked about, not computed
-    "_to_copy _unsafe_view alias argmax clamp clamp_ clone copy_ detach empty_like eq expand gather ge gt index "
+    "_to_copy _unsafe_view alias amax argmax clamp clamp_ clone copy_ detach empty_like eq expand gather ge gt index "
     "index_put_ lt masked_fill masked_fill_ ne new_empty new_zeros permute scatter_ select slice sort unbind unsqueeze "
-    "view zeros_like"
+    "sign_ le view zeros_like"
 )
 _ROUNDED = "abs abs_ add add_ div div_ mul mul_ reciprocal round_ sub sub_"  # once, as IEEE 754 says
 _EXACT = frozenset(f"{_MOVED} {_ROUNDED}".split())

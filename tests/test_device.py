@@ -35,6 +35,7 @@ ALL = operators()
 FURTHER: dict[str, dict[str, Any]] = {  # settings that lead through other lines than the defaults and choices do
     "copy": {"factor": 0.3},
     "sce": {"density": 0.5},
+    "emr": {"task": 1},
     "ram": {"r": 0.1},
     "linear": {"weight": (0.3, 0.7, -0.1)},
 }
