@@ -73,6 +73,10 @@ _MEMORY_HELP = "Bytes in flight; the result does not depend on it."
 Memory = Annotated[int, typer.Option(parser=_bytes, metavar="SIZE", help=_MEMORY_HELP, show_default="256 MiB")]
 
 
+_DEVICE_HELP = "Where torch computes: cpu, cuda, cuda:1 …; bytes that are only copied never go there."
+Device = Annotated[str, typer.Option(metavar="DEVICE", help=_DEVICE_HELP)]
+
+
 def _announce(modules: list[str] | None) -> list[str] | None:
     """Tell where operators are found that are none of ours; they are imported where a recipe names one."""
     for module in modules or ():
@@ -99,6 +103,7 @@ def build(
     out: Annotated[Path, typer.Argument(help="The folder to make.", show_default=False)],
     threads: Threads = None,
     memory: Memory = MEMORY,
+    device: Device = "cpu",
     force: Annotated[bool, typer.Option(help="Replace an earlier result.")] = False,
     plugin: Plugin = None,
     as_json: Json = False,
@@ -122,6 +127,7 @@ def build(
             shard_size=loaded.output.shard_size,
             threads=threads,
             memory=memory,
+            device=device,
             force=force,
             recipe=loaded.text,
             progress=progress,

@@ -102,8 +102,8 @@ def _of_tensor(one: SparseFineTune, other: SparseFineTune, name: str) -> Overlap
         has = name in diff.shapes
         read = (diff.indices(name), diff.values(name)) if has else ()
         tensors = [source.checkpoint.read(source.spec.name) for source in read]
-        positions.append(tensors[0] if has else torch.empty(0, dtype=torch.int64))
-        values.append(tensors[1].double() if has else torch.empty(0, dtype=torch.float64))
+        positions.append(tensors[0] if has else torch.empty(0, dtype=torch.int64, device="cpu"))
+        values.append(tensors[1].double() if has else torch.empty(0, dtype=torch.float64, device="cpu"))
     shared = torch.isin(positions[0], positions[1], assume_unique=True)
     first, second = values[0][shared], values[1][torch.isin(positions[1], positions[0], assume_unique=True)]
     mass = [sums_over([(value.abs(), value.square())]) for value in values]

@@ -53,7 +53,7 @@ class Composed(Checkpoint):
             evaluation = Evaluation(Session(keep=0, found=self._found))
             return evaluation.value(node, spec.run(part)).to(torch_dtype(spec.dtype))
         evaluation = Evaluation(Session(found=self._found))
-        result = torch.empty(spec.entries, dtype=torch_dtype(spec.dtype))
+        result = torch.empty(spec.entries, dtype=torch_dtype(spec.dtype), device="cpu")
         for span, values in evaluation.parts(node):
             result[span] = values
         return result.reshape(spec.shape)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from .device import CPU, Device
 from .dtypes import byte_size, torch_dtype
 from .errors import MergeError, Mistake, PortmanteauError
 from .node import Finding, Inputs, Made, Node, Source, Step, Survey, sources
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 GRID = 1 << 16  # parts begin at multiples of so many entries
 LARGEST_PART = 1 << 18  # so that the buffers of a part stay in the cache and are reused
+LARGEST_ELSEWHERE = 1 << 22  # on a GPU, whose every operation costs a launch
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Session:
         keep: a tensor whose inputs take at most so many bytes is held in memory between measuring and applying.
         found: the surveys' results.
         threads: how many parts a survey may read at once.
+        device: where torch computes.
 
     """
 
@@ -38,6 +41,7 @@ class Session:
     keep: int = 1 << 26
     found: Mapping[Survey, Any] = field(default_factory=dict)
     threads: int = 1
+    device: str = CPU
 
     def spans(self, entries: int) -> Iterator[slice]:
         """Cut a tensor of so many entries into parts."""
@@ -50,21 +54,24 @@ class Evaluation:
     def __init__(self, session: Session) -> None:
         """Begin with nothing measured."""
         self._session = session
+        self._device = Device(session.device)
         self._lock = threading.RLock()
         self._measured: dict[Step, Any] = {}
         self._prepared: dict[Made, Any] = {}
         self._kept: dict[Step, list[tuple[Tensor, ...]]] = {}
 
     def parts(self, node: Node) -> Iterator[tuple[slice, Tensor]]:
-        """Make the tensor: its parts in order, flat, in the output's dtype."""
+        """Make the tensor: its parts in order, flat, in the output's dtype, in the processor's memory."""
         dtype = torch_dtype(node.output.dtype)
         for span in self._session.spans(node.output.entries):
-            yield span, self.value(node, span).to(dtype)
+            with self._device.own_stream():
+                values = self._device.fetched(rounded(self.value(node, span), node, dtype))
+            yield span, values
 
     def value(self, node: Node, span: slice) -> Tensor:
         """Make a flat run of entries, in the dtype of a stored or made tensor, in the working one of a step."""
         if isinstance(node, Source):
-            return node.checkpoint.read(node.spec.name, span)
+            return self._device.read(node, span)
         return self._made(node, span) if isinstance(node, Made) else self._applied(node, span)
 
     def _made(self, node: Made, span: slice) -> Tensor:
@@ -75,14 +82,14 @@ class Evaluation:
         with self._lock:
             if node not in self._prepared:
                 self._prepared[node] = node.maker.prepare(read)
-        return node.maker.run(span, read, self._prepared[node])
+        return node.maker.run(span, read, self._prepared[node]).to(self._device.name)  # where it was made of nothing
 
     def _whole(self, node: Node) -> Tensor:
         """Make a whole tensor, in its shape, in the dtype that `value` gives."""
         import torch
 
         if isinstance(node, Source):
-            return node.checkpoint.read(node.spec.name)
+            return self._device.read(node)
         spans = [*self._session.spans(node.output.entries)] or [slice(0, 0)]
         return torch.cat([self.value(node, span) for span in spans]).reshape(node.output.shape)
 
@@ -158,10 +165,23 @@ class Evaluation:
         """Read a run of several tensors: [n, run]."""
         import torch
 
-        stack = torch.empty((len(nodes), span.stop - span.start), dtype=dtype)
+        stack = torch.empty((len(nodes), span.stop - span.start), dtype=dtype, device=self._device.name)
         for row, node in zip(stack, nodes, strict=True):
             row.copy_(self.value(node, span))
         return stack
+
+
+def rounded(values: Tensor, node: Node, dtype: torch.dtype) -> Tensor:
+    """Cast to the output's dtype. MergeError where eight bits cannot hold an entry: torch would cut it off, unsaid."""
+    import torch
+
+    if dtype.itemsize == 1 and dtype.is_floating_point and values.dtype != dtype and values.numel():
+        largest, most = float(values.abs().max()), torch.finfo(dtype).max
+        if largest > most:
+            name = str(dtype).removeprefix("torch.")
+            what = f"an entry of magnitude {largest:g} does not fit into {name}, whose largest is {most:g}"
+            raise MergeError(f"tensor {node.output.name}", what, "write it as bfloat16: output: {dtype: bfloat16}")
+    return values.to(dtype)
 
 
 def resolved(settings: Mapping[str, Any], session: Session) -> dict[str, Any]:

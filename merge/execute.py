@@ -20,13 +20,15 @@ from .byte_copies import copied, is_byte_copy, is_shared
 from .checkpoint import Checkpoint
 from .compiled.making import is_compiled, made
 from .compiled.surveying import conduct
+from .device import CPU, Device, chosen, whole_products
 from .dtypes import parse
 from .errors import OutputError
-from .evaluate import GRID, LARGEST_PART, Evaluation, Session
+from .evaluate import GRID, LARGEST_ELSEWHERE, LARGEST_PART, Evaluation, Session
 from .kernels import one_thread
 from .node import Inputs, Made, Node, Source, Step, Survey
 from .notebook import default_progress
 from .output import check_place, published
+from .page_cache import Reading, crowds_memory
 from .plan import Plan, make_plan
 from .progress import Progress
 from .receipt import Done, Receipt, make_receipt
@@ -43,16 +45,17 @@ _SCRATCH = 6  # part-sized fp32 buffers that an operator may hold beside its inp
 
 @dataclass(frozen=True)
 class Limits:
-    """How much of the machine a build may use: threads, and bytes in flight."""
+    """How much of the machine a build may use: threads, bytes in flight, and the device where torch computes."""
 
     threads: int
     memory: int
+    device: str = CPU
 
     @classmethod
-    def of(cls, threads: int | None, memory: int | None) -> Limits:
+    def of(cls, threads: int | None, memory: int | None, device: str = CPU) -> Limits:
         """Take what was asked for; else every processor that the process may use, and 256 MB."""
         usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return cls(threads or usable, memory or MEMORY)
+        return cls(threads or usable, memory or MEMORY, device)
 
     def session(self, plan: Plan) -> tuple[int, Session]:
         """Choose the size of parts and how many threads the memory allows. OutputError where it is too small."""
@@ -64,8 +67,9 @@ class Limits:
             raise OutputError("--memory", what, "give more; without --memory it is 256 MiB")
         threads = max(1, min(self.threads, self.memory // (entry * GRID), self.memory // max(1, _most_held(plan))))
         share = self.memory // threads
-        part = max(GRID, min(LARGEST_PART, share // 2 // entry // GRID * GRID))
-        return threads, Session(part, keep=share // 2, threads=threads)
+        largest = LARGEST_PART if self.device == CPU else LARGEST_ELSEWHERE
+        part = max(GRID, min(largest, share // 2 // entry // GRID * GRID))
+        return threads, Session(part, keep=share // 2, threads=threads, device=self.device)
 
     def in_flight(self, plan: Plan) -> int:
         """Estimate the most bytes that a build holds at once, beside what torch itself takes."""
@@ -120,6 +124,7 @@ def build(
     shard_size: int = SHARD_SIZE,
     threads: int | None = None,
     memory: int | None = None,
+    device: str = CPU,
     force: bool = False,
     recipe: str | None = None,
     progress: Progress | None = None,
@@ -133,16 +138,18 @@ def build(
         shard_size: the most bytes in one file.
         threads: how many tensors are made at once; the result does not depend on it.
         memory: bytes in flight; the result does not depend on it.
+        device: where torch computes what is not copied byte for byte: `cpu`, `cuda`, `cuda:1`.
         force: replace an earlier result.
         recipe: the recipe's text, for receipt and model card.
         progress: is told how far the work is; default: a bar in a notebook, else nothing.
 
     Raises MergeError, CheckpointError or OutputError; the first two before any weights are read, where headers show it.
     """
-    begun, out, progress = time.monotonic(), Path(out), progress or default_progress()
+    begun, out, device = time.monotonic(), Path(out), chosen(device)
+    progress = progress or default_progress()
     plan = make_plan(checkpoint, parse(dtype) if dtype else None)
     check_place(out, nbytes=plan.bytes_written, force=force)
-    limits = Limits.of(threads, memory)
+    limits = Limits.of(threads, memory, device)
     limits.session(plan)  # a budget that is too small is refused here
     with published(out) as folder:
         found = surveyed(plan, limits, progress)
@@ -150,13 +157,13 @@ def build(
         writer = Writer(folder, (step.output for step in plan.steps), shard_size, checkpoint.companions.form)
         try:
             digests = carry_out(plan, found, writer, limits, progress)
-            writer.finish()
+            writer.finish(forget=crowds_memory(plan))
         finally:
             writer.close()
         beside = checkpoint.companions.with_texts_of(plan.companions)
         companions.write(beside, folder, [step.output for step in plan.steps])
         (folder / "README.md").write_text(model_card.text(plan, recipe, checkpoint.companions.form), encoding="utf-8")
-        receipt = make_receipt(plan, Done(digests, found), recipe, time.monotonic() - begun, folder)
+        receipt = make_receipt(plan, Done(digests, found, device), recipe, time.monotonic() - begun, folder)
         receipt.write(folder)
     return receipt
 
@@ -167,10 +174,11 @@ def surveyed(plan: Plan, limits: Limits, progress: Progress) -> dict[Survey, Any
     if plan.surveys:
         _, session = limits.session(plan)
         progress.begin("survey", sum(survey.nbytes for survey in plan.surveys), len(plan.surveys))
-        for survey in plan.surveys:
-            told = _Reading(progress, survey.nbytes)
-            found[survey] = conduct(survey, replace(session, found=found), told.advance)
-            told.finish()
+        with _alone(limits.device):
+            for survey in plan.surveys:
+                told = _Reading(progress, survey.nbytes)
+                found[survey] = conduct(survey, replace(session, found=found), told.advance)
+                told.finish()
     return found
 
 
@@ -199,11 +207,21 @@ def carry_out(
     threads, session = limits.session(plan)
     session = replace(session, found=found)
     ways = {step: _way(step, session) for step in plan.steps}
-    with one_thread() if any(map(_needs_torch, ways.values())) else nullcontext(), _pool(threads) as run:
+    with _alone(limits.device) if any(map(_needs_torch, ways.values())) else nullcontext(), _pool(threads) as run:
         progress.begin("merge", plan.bytes_written, len(plan.steps))
-        work = ([_Making(step, ways[step], writer, progress) for step in steps] for steps in _in_order(plan))
+        reading = Reading(plan)
+        work = (
+            [_Making(step, reading.once(ways[step]), writer, progress) for step in steps] for steps in _in_order(plan)
+        )
         digests = run(work)
     return {step.output.name: digests[step.output.name] for step in plan.steps}
+
+
+@contextmanager
+def _alone(device: str) -> Iterator[None]:
+    """Let torch compute as the results' bits need it, whatever the program around has chosen."""
+    with one_thread(), whole_products(), Device(device).enough_room():
+        yield
 
 
 def _in_order(plan: Plan) -> list[list[Step]]:

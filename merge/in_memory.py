@@ -40,9 +40,12 @@ class InMemory(Checkpoint):
         return Source(self, self.specs[name])
 
     def read(self, name: str, part: slice | None = None) -> Tensor:
-        """Give a copy of one tensor, or of a flat run of its entries."""
+        """Give a copy of one tensor, or of a flat run of its entries, in the processor's memory."""
         tensor = self._tensors[name]
-        return tensor.reshape(-1)[part].clone() if part is not None else tensor.clone()
+        return (tensor.reshape(-1)[part] if part is not None else tensor).to("cpu", copy=True)
+
+    def forget(self, name: str) -> None:
+        """Do nothing: no file is behind it."""
 
     def read_into(self, name: str, buffer: memoryview, at: int = 0) -> None:
         """Fill a buffer with the tensor's bytes, from byte `at` of the tensor on."""

@@ -40,6 +40,13 @@ def weighted_sum(tensors: Tensor, weights: Sequence[float]) -> Tensor:
     return total
 
 
+def divided(values: Tensor, divisor: float) -> Tensor:
+    """Divide in place by a number, rounding once: for a plain number a GPU would multiply by its rounded reciprocal."""
+    import torch
+
+    return values.div_(torch.full((), divisor, dtype=values.dtype, device=values.device))
+
+
 def total(values: Tensor) -> float:
     """Sum all entries: in fp64 along rows of a fixed grid, then exactly over the rows. Any shape → a number."""
     return math.fsum(row_sums(values))
@@ -95,7 +102,7 @@ def sums_over(parts: Iterable[Sequence[Tensor]], row: int = ROW) -> list[float]:
 def grouped_sums(
     parts: Iterable[Sequence[Tensor]], group: Callable[[Tensor], Tensor], count: int
 ) -> tuple[Tensor, ...]:
-    """Sum several quantities over groups of entries, one entry after the other in fp64, in one pass.
+    """Sum several quantities over groups of entries, one entry after the other in fp64, in one pass: on the processor.
 
     Args:
         parts: flat parts of the quantities, in order.
@@ -108,10 +115,10 @@ def grouped_sums(
     sums: tuple[Tensor, ...] = ()
     start = 0
     for part in parts:
-        sums = sums or tuple(torch.zeros(count, dtype=torch.float64) for _ in part)
-        groups = group(torch.arange(start, start + len(part[0])))
+        sums = sums or tuple(torch.zeros(count, dtype=torch.float64, device="cpu") for _ in part)
+        groups = group(torch.arange(start, start + len(part[0]), device="cpu"))
         for total, values in zip(sums, part, strict=True):
-            total.index_add_(0, groups, values.double())  # of one dimension: one after the other, on one thread
+            total.index_add_(0, groups, values.double().cpu())  # of one dimension: one after the other, on one thread
         start += len(part[0])
     return sums
 
@@ -141,14 +148,15 @@ def largest(parts: Callable[[], Iterator[Tensor]], counts: Sequence[int | None])
     searches = {row: _Search(count) for row, count in enumerate(counts) if count is not None}
     if not searches:
         return (None,) * len(counts)
-    wide = next(parts()).dtype == torch.float64
+    first = next(parts())
+    wide = first.dtype == torch.float64
     for shift in range((48 if wide else 16), -1, -_DIGIT):
-        histograms = {row: torch.zeros(1 << _DIGIT, dtype=torch.int64) for row in searches}
+        histograms = {row: first.new_zeros(1 << _DIGIT, dtype=torch.int64) for row in searches}
         for part in parts():
             for row, search in searches.items():
                 histograms[row] += _digits(part[row], search.prefix, shift, wide)
         for row, search in searches.items():
-            search.narrow(histograms[row])
+            search.narrow(histograms[row].cpu())
     cuts = {row: search.cut((part[row] for part in parts()), wide) for row, search in searches.items()}
     return tuple(cuts.get(row) for row in range(len(counts)))
 
@@ -176,7 +184,7 @@ class _Search:
         """Give the boundary, once the prefix has all bits; the parts are read only where it cuts among equals."""
         import torch
 
-        bits = torch.tensor([self.prefix], dtype=torch.int64 if wide else torch.int32)
+        bits = torch.tensor([self.prefix], dtype=torch.int64 if wide else torch.int32, device="cpu")
         value = bits.view(torch.float64 if wide else torch.float32).item()
         if self.wanted == self.equal:
             return Cut(value, NO_LIMIT)

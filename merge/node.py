@@ -34,6 +34,9 @@ class Store(Protocol):
     def read_into(self, name: str, buffer: memoryview, at: int = 0) -> None:
         """Fill a buffer with a tensor's stored bytes, from its byte `at` on."""
 
+    def forget(self, name: str) -> None:
+        """Tell the system that a tensor is not read again."""
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Source:

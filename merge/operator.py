@@ -94,7 +94,7 @@ class Parts:
             values = models[model].reshape(-1)
             whole = values.new_empty(self.entries) if whole is None else whole
             whole[start : start + len(values)] = values
-        return torch.empty(self.shape) if whole is None else whole.view(self.shape)
+        return torch.empty(self.shape, device="cpu") if whole is None else whole.view(self.shape)
 
     def map(self, function: Callable[..., T]) -> Iterator[T]:
         """Give function(*part) for every part, in order; it is called on several threads, a few parts ahead."""

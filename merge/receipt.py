@@ -37,6 +37,7 @@ class Receipt:
         notes: what was renamed, kept or left out because the recipe said so.
         seeds: the seeds of all random steps.
         versions: of portmanteau, Python and torch.
+        device: where torch computed; on another one some operators may give other bits.
         seconds: the time that it took.
         layers: which models each layer comes from.
 
@@ -49,6 +50,7 @@ class Receipt:
     surveys: Mapping[str, Any]
     notes: tuple[str, ...]
     seeds: tuple[int, ...]
+    device: str
     seconds: float
     versions: Mapping[str, str] = field(default_factory=lambda: _versions())
     layers: tuple[Strip, ...] = ()
@@ -73,10 +75,11 @@ class Receipt:
 
 @dataclass(frozen=True)
 class Done:
-    """What carrying out a plan gave: a digest for every tensor, and what the surveys found."""
+    """What carrying out a plan gave: a digest for every tensor, what the surveys found, and where torch computed."""
 
     digests: Mapping[str, str]
     found: Mapping[Survey, Any]
+    device: str
 
 
 def make_receipt(plan: Plan, done: Done, recipe: str | None, seconds: float, folder: Path) -> Receipt:
@@ -88,7 +91,16 @@ def make_receipt(plan: Plan, done: Done, recipe: str | None, seconds: float, fol
     surveys = {survey.title: _plain(value) for survey, value in done.found.items()}
     what, layers = choices(plan), strips(plan.steps, done.found)
     return Receipt(
-        text, inputs, dict(done.digests), what, surveys, plan.notes, tuple(seeds), round(seconds, 3), layers=layers
+        text,
+        inputs,
+        dict(done.digests),
+        what,
+        surveys,
+        plan.notes,
+        tuple(seeds),
+        done.device,
+        round(seconds, 3),
+        layers=layers,
     )
 
 

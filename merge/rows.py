@@ -60,7 +60,7 @@ class _Rows:
 
         if FILL not in self.rows.source:
             return None
-        total, counted = torch.zeros(self.width, dtype=torch.float64), self.rows.counted
+        total, counted = torch.zeros(self.width, dtype=torch.float64, device="cpu"), self.rows.counted
         step = max(1, GRID // self.width)  # blocks depend on the width alone
         for top in range(0, len(counted), step):
             here = torch.frombuffer(bytearray(counted[top : top + step]), dtype=torch.bool)
@@ -70,10 +70,10 @@ class _Rows:
         return total / max(1, sum(counted))
 
     def run(self, span: slice, read: Read, prepared: Tensor | None) -> Tensor:
-        """Make a flat run of entries, in fp32, or fp64 where a table is."""
+        """Make a flat run of entries, in fp32, or fp64 where a table is; on the processor, since rows are only put."""
         import torch
 
-        result = torch.zeros(span.stop - span.start, dtype=torch_dtype(self.dtype))
+        result = torch.zeros(span.stop - span.start, dtype=torch_dtype(self.dtype), device="cpu")
         for rows in self._pieces(span.start // self.width, -(-span.stop // self.width)):
             start, stop = max(span.start, rows.start * self.width), min(span.stop, rows.stop * self.width)
             values = result[start - span.start : stop - span.start]
@@ -112,12 +112,12 @@ class _Rows:
         """Read rows of a table, from `offset` of the first on, so many entries."""
         if _ascending(rows, 0, len(rows)) == len(rows):
             start = rows[0] * self.width + offset
-            return read(table, slice(start, start + count))
+            return read(table, slice(start, start + count)).cpu()
         import torch
 
         low = min(rows)
-        block = read(table, slice(low * self.width, (max(rows) + 1) * self.width)).view(-1, self.width)
-        found = block[torch.tensor(rows) - low].reshape(-1)
+        block = read(table, slice(low * self.width, (max(rows) + 1) * self.width)).cpu().view(-1, self.width)
+        found = block[torch.tensor(rows, device="cpu") - low].reshape(-1)
         return found[offset : offset + count]
 
 

@@ -18,12 +18,15 @@ def spectrum(blocks: Iterable[Tensor], width: int) -> Tensor:
     """
     import torch
 
-    gram = torch.zeros(width, width, dtype=torch.float64)
+    gram: Tensor | None = None
     for block in blocks:
+        gram = block.new_zeros(width, width, dtype=torch.float64) if gram is None else gram
         for start in range(0, len(block), _BLOCK):
             rows = block[start : start + _BLOCK].double()
             gram += rows.T @ rows
-    squares: Tensor = torch.linalg.eigvalsh(gram).clamp(min=0).flip(0)
+    if gram is None:
+        gram = torch.zeros(width, width, dtype=torch.float64, device="cpu")
+    squares: Tensor = torch.linalg.eigvalsh(gram).cpu().clamp(min=0).flip(0)
     return squares
 
 

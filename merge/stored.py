@@ -88,6 +88,10 @@ class StoredCheckpoint(Checkpoint):
         """Fill a buffer with the tensor's stored bytes, from its byte `at` on."""
         self._file[name].read_into(name, buffer, at)
 
+    def forget(self, name: str) -> None:
+        """Tell the system that a tensor is not read again."""
+        self._file[name].forget(name)
+
 
 def open(
     reference: str | Path, *, revision: str | None = None, label: str | None = None, weights: bool = True

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from .kernels import ROW, mix_agreeing, sums_over, weighted_sum
+from .kernels import ROW, divided, mix_agreeing, sums_over, weighted_sum
 from .operator import Parts, PerModel, each
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def add_up(thinned: Tensor, weight: PerModel[float], *, elect: str, divide: str,
         return mix_agreeing(thinned, weights, elect=elect, divide=divide).mul_(scale)  # type: ignore[arg-type]
     mixed = weighted_sum(thinned, weights)
     if divide != "none":
-        mixed.div_(sum(weights) if divide == "weights" else float(len(thinned)))
+        divided(mixed, sum(weights) if divide == "weights" else float(len(thinned)))
     return mixed.mul_(scale)
 
 

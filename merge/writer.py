@@ -92,8 +92,11 @@ class Writer:
         file, offset = self._place[name]
         file.write(data, offset + at)
 
-    def finish(self) -> list[str]:
-        """Write the index where there are several shards, bring everything to the disk, give the names of the files."""
+    def finish(self, *, forget: bool = False) -> list[str]:
+        """Write the index where there are several shards, bring everything to the disk, give the names of the files.
+
+        `forget`: let the system drop them from its cache then.
+        """
         names = [shard.file for shard in self.shards]
         if self._is_model and len(names) > 1:
             size = sum(shard.size - len(shard.header) for shard in self.shards)
@@ -104,6 +107,8 @@ class Writer:
         for file in self._files:
             file.sync()
             sync_folder(file.path.parent)
+            if forget:
+                file.forget()
         self.close()
         return names
 

@@ -9,7 +9,7 @@ import math
 import pkgutil
 import typing
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -89,20 +89,6 @@ def stack_of(operator: Operator, shape: tuple[int, ...], *, make: Any = awkward)
     return torch.stack(first)
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Tensors in memory, where a build has files."""
-
-    label: str
-    tensor: Tensor
-
-    def read(self, name: str, part: slice | None = None) -> Tensor:
-        return self.tensor.reshape(-1)[part] if part else self.tensor
-
-    def read_into(self, name: str, buffer: memoryview, at: int = 0) -> None:
-        raise AssertionError("only files are copied byte by byte")
-
-
 def step_of(
     operator: Operator, models: Tensor, base: Tensor, chosen: Mapping[str, Any], dtype: torch.dtype | None = None
 ) -> Step:
@@ -110,7 +96,7 @@ def step_of(
     resolved = {setting.name: setting.default for setting in operator.settings.values()} | dict(chosen)
 
     def source(tensor: Tensor, label: str) -> Source:
-        return Source(Memory(label, tensor), TensorSpec("x", from_torch(tensor.dtype), tuple(tensor.shape)))
+        return merge.InMemory(label, {"x": tensor}).node("x")
 
     inputs = tuple(source(model, str(i)) for i, model in enumerate(models))
     output = TensorSpec("x", from_torch(dtype or models.dtype), tuple(base.shape))

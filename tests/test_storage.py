@@ -15,7 +15,7 @@ from portmanteau.compositions import tensorwise
 from portmanteau.merge.files import storage
 from portmanteau.merge.files.storage import PositionalFile, sync_folder
 
-OPTIONAL = ("preadv", "pwrite", "posix_fallocate", "sync_file_range")
+OPTIONAL = ("preadv", "pwrite", "posix_fallocate", "posix_fadvise", "sync_file_range")
 
 
 def lacking(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
@@ -145,6 +145,35 @@ def test_a_system_that_lacks_everything_builds_the_same_bytes(
     lacking(monkeypatch, *OPTIONAL)
     assert built("none") == expected
     assert len(expected) > 3
+
+
+@pytest.mark.usefixtures("system")
+def test_what_is_forgotten_is_still_there(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"0123456789")
+    file = PositionalFile(tmp_path / "x")
+    file.forget(2, 4)
+    file.forget()
+    buffer = bytearray(10)
+    file.read_into(memoryview(buffer), 0)
+    assert buffer == b"0123456789"
+
+
+def test_a_file_that_cannot_be_forgotten_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ESPIPE, os.strerror(errno.ESPIPE))
+
+    (tmp_path / "x").write_bytes(b"x")
+    monkeypatch.setattr(os, "posix_fadvise", refuse, raising=False)
+    PositionalFile(tmp_path / "x").forget()
+
+
+def test_the_memory_of_the_machine_is_what_the_kernel_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = Path("/proc/meminfo")
+    if table.exists():
+        total = int(table.read_text().split()[1]) * 1024
+        assert storage.physical_memory() == total
+    monkeypatch.delattr(os, "sysconf", raising=False)
+    assert storage.physical_memory() is None
 
 
 def test_written_stretches_are_sent_to_the_disk_as_soon_as_they_are_full(

@@ -78,7 +78,7 @@ class SparseFineTuning:
 
         masks = {}
         for name, entries in self.entries.items():
-            mask = torch.zeros(self.shapes[name], dtype=torch.bool)
+            mask = torch.zeros(self.shapes[name], dtype=torch.bool, device=entries.indices.device)
             mask.view(-1)[entries.indices] = True
             masks[name] = mask
         return masks

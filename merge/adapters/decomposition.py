@@ -138,7 +138,7 @@ class _Zeros(Whole):
     def make(self, read: Read) -> Tensor:
         import torch
 
-        return torch.zeros(self.entries)
+        return torch.zeros(self.entries, device="cpu")
 
 
 def zeros(spec: TensorSpec) -> Made:
@@ -238,8 +238,9 @@ class OfMatrix:
         import torch
 
         seed = int.from_bytes(hashlib.blake2b(self.name.encode(), digest_size=7).digest(), "little")
-        start = torch.randn(matrix.shape[1], self._width(), generator=torch.Generator().manual_seed(seed))
-        q, _ = torch.linalg.qr(matrix @ start.to(matrix.dtype))
+        drawing = torch.Generator("cpu").manual_seed(seed)  # the same start on every device
+        start = torch.randn(matrix.shape[1], self._width(), generator=drawing, device="cpu")
+        q, _ = torch.linalg.qr(matrix @ start.to(matrix))
         for _ in range(_ITERATIONS):
             p, _ = torch.linalg.qr(matrix.T @ q)
             q, _ = torch.linalg.qr(matrix @ p)

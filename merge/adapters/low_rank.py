@@ -54,10 +54,9 @@ class LowRank:
 
     def run(self, span: slice, read: Read, prepared: tuple[Tensor, Tensor, Tensor | None]) -> Tensor:
         """Make a flat run of entries, block of rows by block of rows."""
-        import torch
 
         rows, width = self.spec.shape
-        values = torch.empty(span.stop - span.start, dtype=torch_dtype(self.spec.dtype))
+        values = prepared[0].new_empty(span.stop - span.start, dtype=torch_dtype(self.spec.dtype))
         step = max(1, GRID // width)
         for top in range(span.start // width // step * step, rows, step):
             start = top * width

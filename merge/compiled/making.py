@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
+from ..device import CPU
 from ..dtypes import byte_size
 from ..errors import PortmanteauError
 from ..evaluate import Session, located, resolved, stream
@@ -19,6 +20,8 @@ from .measures import Run
 
 def is_compiled(node: Node, session: Session) -> bool:
     """Tell whether a tensor can be made so: by what has a compiled form, from stored floats of 16 or 32 bits."""
+    if session.device != CPU:
+        return False
     if isinstance(node, Source):
         return node.output.dtype in DTYPES
     if library() is None or not all(is_compiled(inner, session) for inner in node.inputs):

@@ -41,6 +41,9 @@ class RemoteFile(WeightFile):
         """Refuse: the bytes are not here."""
         raise CheckpointError(f"{self._where}: tensor {name}", "is on the Hub: only the header was read")
 
+    def forget(self, name: str) -> None:
+        """Do nothing: nothing of it has been read."""
+
 
 def _ranged(url: str, begin: int, end: int) -> tuple[bytes, int]:
     """Fetch some bytes of a file, and tell how many it has. A server that sends all of it is cut short."""

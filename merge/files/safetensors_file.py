@@ -31,6 +31,11 @@ class SafetensorsFile(WeightFile):
         except (EOFError, OSError) as error:
             raise CheckpointError(f"{self.path}: tensor {name}", f"cannot be read: {error}") from error
 
+    def forget(self, name: str) -> None:
+        """Tell the system that the tensor is not read again."""
+        if count := self.specs[name].nbytes:  # none would mean all that follows
+            self._file.forget(self._offsets[name], count)
+
 
 def _header(path: Path) -> Header:
     """Read the header. Raises CheckpointError with all that is wrong with it."""

@@ -1,7 +1,7 @@
 """Bytes at known places in files: positional reads and writes, preallocation and syncing, each with its plain fallback.
 
-What a system lacks (`preadv`, `pwrite`, `posix_fallocate`, `sync_file_range`, syncing a folder) is found by capability
-at the call.
+What a system lacks (`preadv`, `pwrite`, `posix_fallocate`, `posix_fadvise`, `sync_file_range`, syncing a folder) is
+found by capability at the call.
 """
 
 from __future__ import annotations
@@ -91,9 +91,23 @@ class PositionalFile:
         """Return when what was written has reached the disk."""
         os.fsync(self._descriptor)
 
+    def forget(self, offset: int = 0, count: int = 0) -> None:
+        """Let the system drop the pages of a range (count 0: to the end) from its cache, for it is not read again."""
+        if hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(OSError):  # a hint: what cannot take it keeps its pages
+                os.posix_fadvise(self._descriptor, offset, count, os.POSIX_FADV_DONTNEED)
+
     def close(self) -> None:
         """Close the file; a file that is no longer reachable closes itself."""
         self._close()
+
+
+def physical_memory() -> int | None:
+    """Give the bytes of memory that the machine has, where the system tells."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -43,6 +44,10 @@ class TorchFile(WeightFile):
         """Fill a buffer with the tensor's bytes, from byte `at` of the tensor on."""
         self._source.read_into(name, self._tensors[name], buffer, at)
 
+    def forget(self, name: str) -> None:
+        """Tell the system that the tensor is not read again."""
+        self._source.forget(self._tensors[name])
+
 
 class TorchTensors:
     """The value of a PyTorch file's pickle, in which StoredTensors stand for tensors, and reads of their bytes."""
@@ -65,8 +70,7 @@ class TorchTensors:
         size = byte_size(tensor.dtype, 1)
         if not len(buffer):
             return
-        begin = self._places[tensor.storage.key][0] + tensor.storage.begin * tensor.storage.kind.size
-        begin += tensor.offset * size
+        begin = self._begin(tensor)
         try:
             if tensor.is_contiguous:
                 self._file.read_into(buffer, begin + at)
@@ -74,6 +78,17 @@ class TorchTensors:
                 buffer[:] = self._gathered(tensor, begin, at // size, len(buffer) // size)
         except (EOFError, OSError) as error:
             raise CheckpointError(f"{self.path}: tensor {name}", f"cannot be read: {error}") from error
+
+    def forget(self, tensor: StoredTensor) -> None:
+        """Tell the system that a tensor is not read again, where its bytes lie in one piece."""
+        if tensor.is_contiguous and (count := byte_size(tensor.dtype, math.prod(tensor.shape))):
+            self._file.forget(self._begin(tensor), count)
+
+    def _begin(self, tensor: StoredTensor) -> int:
+        """Find the byte of the file at which a tensor begins."""
+        storage = tensor.storage
+        own = tensor.offset * byte_size(tensor.dtype, 1)
+        return self._places[storage.key][0] + storage.begin * storage.kind.size + own
 
     def _gathered(self, tensor: StoredTensor, begin: int, start: int, count: int) -> memoryview:
         """Gather a run of entries that lie in another order; the tensor's stretch of the storage is read as a whole."""

@@ -25,12 +25,16 @@ class WeightFile(ABC):
     def read_into(self, name: str, buffer: memoryview, at: int = 0) -> None:
         """Fill a buffer with the tensor's stored bytes, from byte `at` of the tensor on."""
 
+    @abstractmethod
+    def forget(self, name: str) -> None:
+        """Tell the system that the tensor is not read again."""
+
     def read(self, name: str, part: slice) -> Tensor:
         """Read a flat run of entries [part.stop - part.start], in the stored dtype."""
         import torch
 
         spec = self.specs[name]
         size = byte_size(spec.dtype, part.stop - part.start)
-        raw = torch.empty(size, dtype=torch.uint8)
+        raw = torch.empty(size, dtype=torch.uint8, device="cpu")
         self.read_into(name, raw.numpy().data, byte_size(spec.dtype, part.start))
         return raw.view(torch_dtype(spec.dtype))

@@ -54,9 +54,10 @@ def keep_probability(values: Tensor, width: int, density: float, epsilon: float)
     if density >= 1 or not len(rows):
         return torch.ones_like(values, dtype=torch.float64)
     spread = epsilon if width > 1 else 0.0
-    shares = torch.linspace(density - spread, density + spread, width, dtype=torch.float64)
+    shares = torch.linspace(density - spread, density + spread, width, dtype=torch.float64, device="cpu")
     order = rows.abs().sort(dim=1, stable=True).indices
-    return torch.empty(rows.shape, dtype=torch.float64).scatter_(1, order, shares.expand(rows.shape)).reshape(-1)
+    result = torch.empty(rows.shape, dtype=torch.float64, device=rows.device)
+    return result.scatter_(1, order, shares.to(rows.device).expand(rows.shape)).reshape(-1)
 
 
 def _width(shape: tuple[int, ...]) -> int:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from ..compiled.forms import WeightedSum
-from ..kernels import weighted_sum
+from ..kernels import divided, weighted_sum
 from ..operator import WHOLE, Part, PerModel, each, operator
 
 if TYPE_CHECKING:
@@ -56,4 +56,4 @@ def linear(
     """
     weights = each(weight, len(models))
     mixed = weighted_sum(models, weights)
-    return mixed.div_(sum(weights)) if normalize else mixed
+    return divided(mixed, sum(weights)) if normalize else mixed

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from ..inner_products import InnerProducts, groups_along, inner_products, inner_products_along
-from ..kernels import weighted_sum
+from ..kernels import divided, weighted_sum
 from ..operator import WHOLE, Part, Parts, operator
 
 if TYPE_CHECKING:
@@ -61,9 +61,10 @@ def model_stock(
 
     whole = Parts.whole(deltas)
     found = part.measured if part.measured is not None else shares(whole, filter_wise=filter_wise)
-    mean = weighted_sum(deltas, (1.0,) * len(deltas)).div_(len(deltas))
+    mean = divided(weighted_sum(deltas, (1.0,) * len(deltas)), len(deltas))
     if not filter_wise:
         return mean.mul_(found[0])
     group, _ = groups_along(whole.shape if part.shape is None else part.shape, "last")
-    index = torch.arange(part.start, part.start + mean.numel())
-    return mean.mul_(torch.tensor(found, dtype=mean.dtype)[group(index)].view(mean.shape))
+    index = torch.arange(part.start, part.start + mean.numel(), device=mean.device)
+    factors = torch.tensor(found, dtype=mean.dtype, device=mean.device)
+    return mean.mul_(factors[group(index)].view(mean.shape))

@@ -67,6 +67,7 @@ def nuslerp(
     if flatten:
         return weighted_sum(vectors, found[0])
     group, count = groups_along(whole.shape if part.shape is None else part.shape, along)
-    index = torch.arange(part.start, part.start + vectors[0].numel())
-    factors = torch.tensor(found, dtype=vectors.dtype).reshape(count, 2).T[:, group(index)].reshape(vectors.shape)
+    index = torch.arange(part.start, part.start + vectors[0].numel(), device=vectors.device)
+    pairs = torch.tensor(found, dtype=vectors.dtype, device=vectors.device).reshape(count, 2)
+    factors = pairs.T[:, group(index)].reshape(vectors.shape)
     return vectors[0] * factors[0] + vectors[1] * factors[1]

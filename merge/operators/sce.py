@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from ..kernels import Cut, largest, mix_agreeing, select_largest, sums_over
+from ..kernels import Cut, divided, largest, mix_agreeing, select_largest, sums_over
 from ..operator import WHOLE, Part, Parts, operator
 
 if TYPE_CHECKING:
@@ -38,11 +38,11 @@ def variance(deltas: Tensor) -> Tensor:
     mean = wide[0].clone()
     for delta in wide[1:]:
         mean += delta
-    mean /= len(wide)
+    divided(mean, len(wide))
     total = (wide[0] - mean).square_()
     for delta in wide[1:]:
         total += (delta - mean).square_()
-    return total.div_(len(wide)).float()
+    return divided(total, len(wide)).float()
 
 
 def _selected(deltas: Tensor, cut: Cut | None, start: int) -> Tensor:

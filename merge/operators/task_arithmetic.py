@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from ..compiled.forms import WeightedSum
-from ..kernels import weighted_sum
+from ..kernels import divided, weighted_sum
 from ..operator import WHOLE, Part, PerModel, each, operator
 from .linear import cancelling
 
@@ -48,5 +48,5 @@ def task_arithmetic(
     weights = each(weight, len(deltas))
     mixed = weighted_sum(deltas, weights)
     if normalize:
-        mixed.div_(sum(weights))
+        divided(mixed, sum(weights))
     return mixed.mul_(scale)

@@ -74,7 +74,7 @@ class Kernel:
 
 
 def _gathered(parts: Parts) -> tuple[list[Tensor], bool]:
-    """Put the parts of every model together, and behind them the base's, where there is one, in the tensor's shape."""
+    """Put the parts of every model together, and behind them the base's, if any, in the tensor's shape; on the CPU."""
     import torch
 
     whole: Tensor | None = None
@@ -82,7 +82,7 @@ def _gathered(parts: Parts) -> tuple[list[Tensor], bool]:
         models, *base = part
         rows = torch.cat([models.reshape(len(models), -1), *(one.reshape(1, -1) for one in base)])
         if whole is None:
-            whole = torch.empty((len(rows), parts.entries), dtype=rows.dtype)
+            whole = torch.empty((len(rows), parts.entries), dtype=rows.dtype, device="cpu")
         whole[:, start : start + rows.shape[1]] = rows
     assert whole is not None
     return [row.view(parts.shape) for row in whole], len(whole) > parts.models
@@ -97,7 +97,7 @@ def applied(name: str, kernel: Kernel, text: str) -> Callable[..., Tensor]:
             given = (models,) if base is None else (models, base)
             whole = kernel(Parts.whole(*given), streams=part.streams, **settings)
         run: Tensor = whole.reshape(-1)[part.start : part.start + models[0].numel()]
-        return run.reshape(models.shape[1:]).clone()
+        return run.reshape(models.shape[1:]).to(models.device, copy=True)
 
     apply.__name__ = apply.__qualname__ = name
     apply.__doc__ = text

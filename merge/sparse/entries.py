@@ -92,9 +92,9 @@ class _Positions:
         begin = max(0, bisect_right(firsts, span.start) - 1) * GRID
         end = min(self.count, bisect_right(firsts, span.stop - 1) * GRID)
         if begin >= end:
-            return slice(begin, begin), torch.empty(0, dtype=torch.int64)
+            return slice(begin, begin), read(index, slice(begin, begin))
         run = read(index, slice(begin, end))
-        low, high = torch.searchsorted(run, torch.tensor([span.start, span.stop])).tolist()
+        low, high = (int(torch.searchsorted(run, edge)) for edge in (span.start, span.stop))
         return slice(begin + low, begin + high), run[low:high] - span.start
 
 
@@ -110,8 +110,8 @@ class _Scattered:
         import torch
 
         dtype = torch_dtype(self.positions.spec.dtype)
-        result = torch.full((span.stop - span.start,), -0.0, dtype=dtype)
         which, where = self.positions.within(span, read, _FIRST, prepared)
+        result = torch.full((span.stop - span.start,), -0.0, dtype=dtype, device=where.device)
         if len(where):
             result[where] = read(_SECOND, which).to(dtype) * self.weight
         return result
@@ -151,7 +151,8 @@ class _Selected:
         import torch
 
         dtype = torch_dtype(self.dtype)
-        result = torch.empty(span.stop - span.start, dtype=torch.int64 if self.part == "indices" else dtype)
+        kind, nothing = torch.int64 if self.part == "indices" else dtype, read(_FIRST, slice(0, 0))
+        result = nothing.new_empty(span.stop - span.start, dtype=kind)  # where the inputs are
         for block in range(bisect_right(self.offsets, span.start) - 1, len(self.ties)):
             start, first, last = block * GRID, self.offsets[block], self.offsets[block + 1]
             if first >= span.stop:

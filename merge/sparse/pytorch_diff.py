@@ -110,7 +110,7 @@ def _read(file: TorchTensors, name: str, tensor: StoredTensor) -> Tensor:
     """Read a whole tensor."""
     import torch
 
-    raw = torch.empty(TensorSpec(name, tensor.dtype, tensor.shape).nbytes, dtype=torch.uint8)
+    raw = torch.empty(TensorSpec(name, tensor.dtype, tensor.shape).nbytes, dtype=torch.uint8, device="cpu")
     file.read_into(name, tensor, raw.numpy().data, 0)
     return raw.view(torch_dtype(tensor.dtype)).reshape(tensor.shape)
 
@@ -128,7 +128,7 @@ def _decoded(file: TorchTensors, name: str, entry: Any) -> tuple[tuple[Tensor, T
     entries = math.prod(size[:_MOST_DIMENSIONS])
     if len(size) > _MOST_DIMENSIONS or entries >= _LARGEST or sum(listed) >= max(entries, 1):
         raise ValueError(f"its positions do not lie in order in a tensor of {list(size[:_MOST_DIMENSIONS])}")
-    steps = torch.tensor(listed, dtype=torch.int64)
+    steps = torch.tensor(listed, dtype=torch.int64, device="cpu")
     fits = isinstance(stored, StoredTensor) and stored.shape == (len(listed),) and is_float(stored.dtype)
     if not isinstance(stored, StoredTensor) or not fits:
         raise ValueError(f"{len(steps)} positions do not go with its values")

@@ -73,9 +73,9 @@ def chosen(deltas: Tensor, boundary: float, ties: int) -> Tensor:
     import torch
 
     magnitude = deltas.abs()
-    if float(torch.tensor(boundary, dtype=deltas.dtype)) != boundary:  # found among fp64 tensors, or NaN
+    if float(torch.tensor(boundary, dtype=deltas.dtype, device="cpu")) != boundary:  # found among fp64 tensors, or NaN
         magnitude = magnitude.double()
-    bits, limit = _bits(magnitude), _bits(torch.tensor(boundary, dtype=magnitude.dtype))
+    bits, limit = _bits(magnitude), _bits(torch.tensor(boundary, dtype=magnitude.dtype, device="cpu"))
     keep = bits > limit
     if ties:
         keep[(bits == limit).nonzero()[:ties, 0]] = True
@@ -117,13 +117,15 @@ def _region(groups: Mapping[str, Parts], count: int) -> tuple[int, int]:
 
     parts = sum(1 for one in groups.values() for _ in one.runs())
     every = max(1, min(_SAMPLED, parts // _ENOUGH))
-    histogram = torch.zeros(1 << _HIGH, dtype=torch.int64)
+    histogram = torch.zeros(1 << _HIGH, dtype=torch.int64, device="cpu")
     for _, found in over(groups, _high_bits, every):
         histogram += found
     above = histogram.flip(0).cumsum(0)  # above[i]: entries in the i + 1 highest bins
     scale = int(above[-1]) / sum(one.entries for one in groups.values())
     margin = _MARGIN if every > 1 else 0.0
-    wanted = torch.tensor([count * scale * (1 - margin), count * scale * (1 + margin)], dtype=torch.float64)
+    wanted = torch.tensor(
+        [count * scale * (1 - margin), count * scale * (1 + margin)], dtype=torch.float64, device="cpu"
+    )
     first, last = torch.searchsorted(above.double(), wanted).clamp(max=(1 << _HIGH) - 1).tolist()
     return (1 << _HIGH) - 1 - last << _HIGH, (1 << _HIGH) - first << _HIGH
 
@@ -132,14 +134,14 @@ def _high_bits(deltas: Tensor, _: Tensor) -> Tensor:
     import torch
 
     counts: Tensor = torch.bincount(deltas[0].abs().view(torch.int32) >> _HIGH, minlength=1 << _HIGH)
-    return counts
+    return counts.cpu()
 
 
 def _sifted(groups: Mapping[str, Parts], count: int, low: int, high: int) -> tuple[float, Counts, Counts] | None:
     """Find the boundary in a region of bits, and the counts of every block; nothing where it is not to be found so."""
     import torch
 
-    region = torch.empty(KEPT, dtype=torch.int32)  # one buffer: many small ones would scatter over the heap
+    region = torch.empty(KEPT, dtype=torch.int32, device="cpu")  # one buffer: small ones would scatter over the heap
     held, pieces = 0, []
     for name, (inside, sizes, above) in over(groups, lambda deltas, _: _sift(deltas[0], low, high)):
         if held + len(inside) > KEPT:
@@ -174,7 +176,7 @@ def _sift(delta: Tensor, low: int, high: int) -> tuple[Tensor, list[int], list[i
     above = [int((block >= high).sum()) for block in blocks]
     sizes = [int(block.sum()) - more for block, more in zip(torch.split(near, GRID), above, strict=False)]
     inside = bits[near]
-    return inside[inside < high], sizes, above
+    return inside[inside < high].cpu(), sizes, above
 
 
 def empty(groups: Mapping[str, Streamed]) -> Counts:
@@ -203,7 +205,7 @@ def _by_radix(groups: Mapping[str, Parts], count: int, wide: bool) -> tuple[floa
 
     (cut,) = largest(stream, [count])
     assert cut is not None
-    limit = _bits(torch.tensor(cut.value, dtype=kind))
+    limit = _bits(torch.tensor(cut.value, dtype=kind, device="cpu"))
     found = list(over(groups, lambda deltas, _: _counted(_bits(deltas[0].to(kind).abs()), limit)))
     ties = count - sum(sum(above) for _, (above, _) in found)
     counts, equals = empty(groups), empty(groups)
