@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .dtypes import byte_size, from_torch, torch_dtype, torch_shape
 from .errors import OutputError
+from .kernels import one_thread
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -115,3 +116,10 @@ def whole_products() -> Iterator[None]:
     finally:
         for backend, precision in zip(backends, before, strict=True):
             backend.fp32_precision = precision
+
+
+@contextmanager
+def alone(name: str) -> Iterator[None]:
+    """Let torch compute on a device as the results' bits need it, whatever the program around has chosen."""
+    with one_thread(), whole_products(), Device(name).enough_room():
+        yield

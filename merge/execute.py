@@ -20,11 +20,10 @@ from .byte_copies import copied, is_byte_copy, is_shared
 from .checkpoint import Checkpoint
 from .compiled.making import is_compiled, made
 from .compiled.surveying import conduct
-from .device import CPU, Device, chosen, whole_products
+from .device import CPU, alone, chosen
 from .dtypes import parse
 from .errors import OutputError
 from .evaluate import GRID, LARGEST_ELSEWHERE, LARGEST_PART, Evaluation, Session
-from .kernels import one_thread
 from .node import Inputs, Made, Node, Source, Step, Survey
 from .notebook import default_progress
 from .output import check_place, published
@@ -174,11 +173,10 @@ def surveyed(plan: Plan, limits: Limits, progress: Progress) -> dict[Survey, Any
     if plan.surveys:
         _, session = limits.session(plan)
         progress.begin("survey", sum(survey.nbytes for survey in plan.surveys), len(plan.surveys))
-        with _alone(limits.device):
-            for survey in plan.surveys:
-                told = _Reading(progress, survey.nbytes)
-                found[survey] = conduct(survey, replace(session, found=found), told.advance)
-                told.finish()
+        for survey in plan.surveys:
+            told = _Reading(progress, survey.nbytes)
+            found[survey] = conduct(survey, replace(session, found=found), told.advance)
+            told.finish()
     return found
 
 
@@ -207,7 +205,7 @@ def carry_out(
     threads, session = limits.session(plan)
     session = replace(session, found=found)
     ways = {step: _way(step, session) for step in plan.steps}
-    with _alone(limits.device) if any(map(_needs_torch, ways.values())) else nullcontext(), _pool(threads) as run:
+    with alone(limits.device) if any(map(_needs_torch, ways.values())) else nullcontext(), _pool(threads) as run:
         progress.begin("merge", plan.bytes_written, len(plan.steps))
         reading = Reading(plan)
         work = (
@@ -215,13 +213,6 @@ def carry_out(
         )
         digests = run(work)
     return {step.output.name: digests[step.output.name] for step in plan.steps}
-
-
-@contextmanager
-def _alone(device: str) -> Iterator[None]:
-    """Let torch compute as the results' bits need it, whatever the program around has chosen."""
-    with one_thread(), whole_products(), Device(device).enough_room():
-        yield
 
 
 def _in_order(plan: Plan) -> list[list[Step]]:

@@ -33,8 +33,8 @@ _MAKERS = frozenset(_device_constructors())
 _COPIES = ("copy_", "_to_copy")
 _MOVED = (  # entries are taken, put, compared and asked about, not computed
     "_to_copy _unsafe_view alias amax argmax clamp clamp_ clone copy_ detach empty_like eq expand gather ge gt index "
-    "index_put_ lt masked_fill masked_fill_ ne new_empty new_full new_zeros permute scatter_ select slice sort unbind unsqueeze "
-    "sign_ le view zeros_like"
+    "index_put_ lt masked_fill masked_fill_ ne new_empty new_full new_zeros permute scatter_ select slice sort unbind "
+    "unsqueeze sign_ le view zeros_like"
 )
 _ROUNDED = "abs abs_ add add_ div div_ mul mul_ reciprocal round_ sub sub_"  # once, as IEEE 754 says
 _SUMMED = "addcmul_"  # of fp32 factors in fp64 (merge/adapters/low_rank.py): the products are exact, so fused or not

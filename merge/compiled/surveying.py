@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from ..device import alone
 from ..evaluate import Session
 from ..evaluate import conduct as conduct_by_torch
-from ..kernels import one_thread
 from ..node import Inputs, Node, Survey, sources
 from .arena import arena
 from .library import library
@@ -65,7 +65,7 @@ def conduct(survey: Survey, session: Session, advance: Callable[[int], None] = l
     """Carry out a survey, by the compiled library where that can be. `advance` is told how many bytes each part has."""
     compiled = survey.compiled if library() is not None else None
     if compiled is None or not all(is_streamed(node, session) for node in survey):
-        with one_thread():
+        with alone(session.device):
             return conduct_by_torch(survey, session, advance)
     groups = {key: Runs(group, session, advance) for key, group in survey.groups.items()}
     return compiled(groups, **survey.settings)
