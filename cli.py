@@ -20,13 +20,15 @@ from portmanteau.compositions import (
     greedy_soup,
     heat_map,
     load,
+    lock_file,
     measured_by,
     overlaps,
+    rebuilt,
     reference_page,
 )
 from portmanteau.compositions.recipe import text as recipe_text
 from portmanteau.merge import describe
-from portmanteau.merge.execute import MEMORY, Limits
+from portmanteau.merge.limits import MEMORY, Limits
 from portmanteau.merge.output import check_file
 from portmanteau.merge.units import byte_count, readable
 
@@ -57,17 +59,27 @@ _MEMORY_HELP = "Bytes in flight; the result does not depend on it."
 Memory = Annotated[int, typer.Option(parser=_bytes, metavar="SIZE", help=_MEMORY_HELP, show_default="256 MiB")]
 
 
+_NON_FINITE_HELP = "What to do where an input or the result has NaN or infinity."
+NonFinite = Annotated[Literal["error", "warn", "keep"], typer.Option("--non-finite", help=_NON_FINITE_HELP)]
+
+
 @app.command()
 def build(
     recipe: Recipe,
     out: Annotated[Path, typer.Argument(help="The folder to make.", show_default=False)],
     threads: Threads = None,
     memory: Memory = MEMORY,
-    force: Annotated[bool, typer.Option(help="Replace an earlier result.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier result.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start anew: continue no build that was ended.")] = False,
+    non_finite: NonFinite = "error",
+    locked: Annotated[bool, typer.Option("--locked", help="Refuse inputs other than those in RECIPE.lock.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Plan and build: write the model that a recipe asks for."""
+    """Plan and build: write the model that a recipe asks for. A build that was ended is continued."""
     loaded = load(recipe)
+    if locked:
+        with _drawn_progress() as progress:
+            loaded = lock_file.held_to_lock(loaded, threads=threads, progress=progress)
     composed = compose(loaded)
     _notes(composed.notes)
     with _drawn_progress() as progress:
@@ -79,14 +91,58 @@ def build(
             threads=threads,
             memory=memory,
             force=force,
+            fresh=fresh,
+            non_finite=non_finite,
             recipe=loaded.text,
+            recipe_folder=loaded.folder,
             progress=progress,
         )
-    _notes([note for note in receipt.notes if note not in composed.notes])  # what only surveys could tell
+    _notes([note for note in receipt.notes if note not in composed.notes])  # what only the weights could tell
     if as_json:
         _print_json({"out": str(out), **asdict(receipt)})
+    elif receipt.outcome == "up to date":
+        _say(f"{out}: up to date")
     else:
         _say(f"{out}: {len(receipt.outputs)} tensors in {receipt.seconds:.1f} s")
+
+
+@app.command()
+def verify(
+    out: Annotated[Path, typer.Argument(help="A folder that portmanteau built.", show_default=False)],
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="Make every tensor again, without writing: does the recipe give these bits?")
+    ] = False,
+    folder: Annotated[
+        Path | None, typer.Option(help="With --rebuild: what the recipe's paths are relative to.", show_default=False)
+    ] = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Compare a result, every byte of it, with its receipt; name each tensor and file that differs."""
+    with _drawn_progress() as progress:
+        found = merge.verify(out, threads=threads, progress=progress)
+        differing = rebuilt(out, folder=folder, threads=threads, progress=progress) if rebuild else ()
+    mistakes = (*found.damaged, *differing)
+    if as_json:
+        _print_json({**asdict(found), "rebuilt": [asdict(one) for one in differing] if rebuild else None})
+    else:
+        for mistake in mistakes:
+            _say(str(mistake))
+        again = ", and the recipe gives these bits" if rebuild else ""
+        what = f"{found.tensors} tensors and {found.files} files, {readable(found.nbytes)}"
+        typer.echo(f"{out}: {len(mistakes)} damaged, of {what}" if mistakes else f"{out}: whole{again}: {what}")
+    raise typer.Exit(1 if mistakes else 0)
+
+
+@app.command()
+def lock(recipe: Recipe, threads: Threads = None, as_json: Json = False) -> None:
+    """Write RECIPE.lock: the revision and the digest of every file that the recipe reads."""
+    with _drawn_progress() as progress:
+        path, files = lock_file.write(load(recipe), threads=threads, progress=progress)
+    if as_json:
+        _print_json({"lock": str(path), "files": files})
+    else:
+        _say(f"{path}: {files} files; portmanteau build --locked takes no other")
 
 
 @app.command()
@@ -314,10 +370,15 @@ def _drawn_progress() -> Iterator[merge.Progress]:
     """Draw bars on stderr, where that is a terminal; what draws them is not even imported where it is none."""
     try:
         with _bars() if sys.stderr.isatty() else nullcontext() as bars:
-            yield _Drawn(bars) if bars else merge.Progress()
-    except KeyboardInterrupt:
-        _say("interrupted: nothing was written")
+            yield _Drawn(bars) if bars else _Telling()
+    except KeyboardInterrupt as error:
+        _say(f"interrupted: {'; '.join(_added(error)) or 'nothing was written'}")
         raise
+
+
+def _added(error: BaseException) -> list[str]:
+    """Give what was added to an error on its way: what stays of a build."""
+    return getattr(error, "__notes__", [])
 
 
 def _bars() -> Bars:
@@ -335,7 +396,15 @@ def _bars() -> Bars:
     )
 
 
-class _Drawn(merge.Progress):
+class _Telling(merge.Progress):
+    """Tells, where nothing is drawn, what the user should know."""
+
+    def tell(self, text: str) -> None:
+        """Say it."""
+        _say(f"note: {text}")
+
+
+class _Drawn(_Telling):
     """Draws what a build tells."""
 
     def __init__(self, bars: Bars) -> None:
@@ -361,6 +430,7 @@ def main() -> None:
         app()
     except merge.PortmanteauError as error:
         _say(str(error))
+        _notes(_added(error))
         sys.exit(1)
 
 

@@ -17,6 +17,7 @@ from .layer_swap import layer_swap
 from .lora import lora
 from .metric_command import measured_by
 from .overlap import Overlap, overlaps
+from .rebuilt import rebuilt
 from .recipe.reading import Recipe, load
 from .revert_sparse import revert_sparse
 from .slices import Slice, slices
@@ -66,6 +67,7 @@ __all__ = [
     "lora",
     "measured_by",
     "overlaps",
+    "rebuilt",
     "revert_sparse",
     "slices",
     "sparse_fine_tune",

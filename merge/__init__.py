@@ -3,19 +3,21 @@
 from . import operators
 from .adapters.adapter import Adapter, open_adapter
 from .adapters.bottleneck import Bottleneck, open_bottleneck
+from .building import build
 from .checkpoint import Checkpoint
 from .composed import Composed
 from .errors import CheckpointError, MergeError, OutputError, PortmanteauError, RecipeError
-from .execute import Progress, build
 from .in_memory import InMemory
 from .node import Source, Step, Survey
 from .operator import Operator, operator
 from .plan import Plan, make_plan
+from .progress import Progress
 from .receipt import Receipt
 from .sparse.file import SparseFineTune, open_sparse
 from .stored import StoredCheckpoint, open
 from .surveyed import Surveyed
 from .tensor_spec import TensorSpec
+from .verify import Verified, verify
 
 __all__ = [
     "Adapter",
@@ -39,6 +41,7 @@ __all__ = [
     "Survey",
     "Surveyed",
     "TensorSpec",
+    "Verified",
     "build",
     "make_plan",
     "open",
@@ -47,4 +50,5 @@ __all__ = [
     "open_sparse",
     "operator",
     "operators",
+    "verify",
 ]

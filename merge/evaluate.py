@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from .dtypes import byte_size, torch_dtype
+from .dtypes import byte_size, is_float, torch_dtype
 from .errors import MergeError, Mistake, PortmanteauError
 from .node import Finding, Inputs, Made, Node, Source, Step, Survey, sources
+from .non_finite import Watch
 from .operator import Part, Parts, call
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class Session:
         keep: a tensor whose inputs take at most so many bytes is held in memory between measuring and applying.
         found: the surveys' results.
         threads: how many parts a survey may read at once.
+        watch: is shown what is read, to find NaN and infinity; None where nobody asks.
 
     """
 
@@ -38,6 +40,7 @@ class Session:
     keep: int = 1 << 26
     found: Mapping[Survey, Any] = field(default_factory=dict)
     threads: int = 1
+    watch: Watch | None = None
 
     def spans(self, entries: int) -> Iterator[slice]:
         """Cut a tensor of so many entries into parts."""
@@ -64,8 +67,14 @@ class Evaluation:
     def value(self, node: Node, span: slice) -> Tensor:
         """Make a flat run of entries, in the dtype of a stored or made tensor, in the working one of a step."""
         if isinstance(node, Source):
-            return node.checkpoint.read(node.spec.name, span)
+            return self._read(node, span)
         return self._made(node, span) if isinstance(node, Made) else self._applied(node, span)
+
+    def _read(self, source: Source, span: slice | None = None) -> Tensor:
+        values = source.checkpoint.read(source.spec.name, span)
+        if self._session.watch is not None and is_float(source.spec.dtype):
+            self._session.watch.see(source, raw(values))
+        return values
 
     def _made(self, node: Made, span: slice) -> Tensor:
         def read(index: int, part: slice | None) -> Tensor:
@@ -82,7 +91,7 @@ class Evaluation:
         import torch
 
         if isinstance(node, Source):
-            return node.checkpoint.read(node.spec.name)
+            return self._read(node)
         spans = [*self._session.spans(node.output.entries)] or [slice(0, 0)]
         return torch.cat([self.value(node, span) for span in spans]).reshape(node.output.shape)
 
@@ -162,6 +171,14 @@ class Evaluation:
         for row, node in zip(stack, nodes, strict=True):
             row.copy_(self.value(node, span))
         return stack
+
+
+def raw(values: Tensor) -> memoryview:
+    """Give the bytes of a tensor."""
+    import torch
+
+    data: memoryview = values.contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return data
 
 
 def resolved(settings: Mapping[str, Any], session: Session) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class InnerProducts:
     def dot(self, one: Vector, other: Vector) -> float:
         """Multiply two vectors."""
         rows = zip(one, self.products, strict=True)
-        return math.fsum(a * b * product for a, row in rows for b, product in zip(other, row, strict=True))
+        return exact_sum(a * b * product for a, row in rows for b, product in zip(other, row, strict=True))
 
     def length(self, vector: Vector) -> float:
         """Give the length of a vector."""

@@ -32,8 +32,9 @@ SET_UP = (
 LAYERS = (  # a file imports only from layers above its own
     ("merge.files", "merge.adapters", "merge.sparse", "merge.compiled"),  # packages that only say what they are
     ("compositions.mergekit", "compositions.recipe"),
-    ("merge.compiled.build_hook", "merge.compiled.library"),
+    ("merge.compiled.build_hook", "merge.compiled.library", "merge.exclusive", "merge.progress"),
     ("merge.errors", "merge.form", "merge.names", "merge.kernels", "merge.files.storage", "merge.units"),
+    ("merge.files.digests", "merge.journal"),
     ("merge.dtypes", "merge.operator", "merge.adapters.bottleneck_config"),
     ("merge.tensor_spec", "merge.sparse.pytorch_diff", "merge.surveys", "merge.changes", "merge.inner_products"),
     ("merge.thinning", "merge.compiled.measures", "merge.describe.tensors"),
@@ -43,6 +44,7 @@ LAYERS = (  # a file imports only from layers above its own
     ("merge.operators", "merge.files.hub"),
     ("merge.registry", "merge.adapters.folder"),
     ("merge.node",),
+    ("merge.non_finite",),
     ("merge.checkpoint", "merge.evaluate"),
     ("merge.compiled.making", "merge.byte_copies"),
     ("merge.stored", "merge.composed", "merge.in_memory", "merge.sparse.selection"),
@@ -50,10 +52,12 @@ LAYERS = (  # a file imports only from layers above its own
     ("merge.sparse.fingerprint", "merge.sparse.entries", "merge.sparse.file"),
     ("merge.plan",),
     ("merge.adapters.low_rank", "merge.adapters.decomposition"),
+    ("merge.identity", "merge.limits"),
     ("merge.receipt", "merge.describe.bottleneck", "merge.describe.sparse"),
-    ("merge.describe.plans", "merge.model_card", "merge.output"),
-    ("merge.describe",),
+    ("merge.describe.plans", "merge.model_card", "merge.output", "merge.verify"),
+    ("merge.describe", "merge.up_to_date"),
     ("merge.execute",),
+    ("merge.building", "merge.remade"),
     ("merge",),
     ("compositions.composition", "compositions.recipe.lines", "compositions.mergekit.methods"),
     ("compositions.recipe.lined", "compositions.recipe.reference", "compositions.restacked_config"),
@@ -67,7 +71,7 @@ LAYERS = (  # a file imports only from layers above its own
     ("compositions.*",),
     ("compositions.recipe.reading", "compositions.reference_page"),
     ("compositions.compose",),
-    ("compositions.greedy_soup",),
+    ("compositions.greedy_soup", "compositions.lock_file", "compositions.rebuilt"),
     ("compositions",),
     ("cli",),
 )
@@ -206,6 +210,7 @@ def test_merge_has_exactly_these_public_names() -> None:
         "Survey",
         "Surveyed",
         "TensorSpec",
+        "Verified",
         "build",
         "make_plan",
         "open",
@@ -214,6 +219,7 @@ def test_merge_has_exactly_these_public_names() -> None:
         "open_sparse",
         "operator",
         "operators",
+        "verify",
     ]
     assert all(hasattr(merge, name) for name in merge.__all__)
 
@@ -248,6 +254,7 @@ def test_compositions_has_exactly_these_public_names() -> None:
         "lora",
         "measured_by",
         "overlaps",
+        "rebuilt",
         "revert_sparse",
         "slices",
         "sparse_fine_tune",

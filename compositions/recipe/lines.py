@@ -48,10 +48,10 @@ class Document:
         return self.lines.get(here, 1)
 
 
-def read(path: Path) -> Document:
-    """Read a YAML file. Raises RecipeError for what is not YAML, for keys given twice and for tags."""
+def read(path: Path, text: str | None = None) -> Document:
+    """Read a YAML file, or a text that once stood in it. Raises RecipeError for what is not YAML, keys twice, tags."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8") if text is None else text
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(str(path), f"cannot be read ({error})") from error
     loader = _Loader(text)

@@ -90,9 +90,12 @@ class Recipe:
         return Path(self.document.file).parent
 
 
-def load(path: str | Path) -> Recipe:
-    """Read a recipe. Raises RecipeError with every mistake that its text, and the places it names, show."""
-    document = read(Path(path))
+def load(path: str | Path, *, text: str | None = None) -> Recipe:
+    """Read a recipe. Raises RecipeError with every mistake that its text, and the places it names, show.
+
+    `text`: what stood in the file, for one that need not be there any more.
+    """
+    document = read(Path(path), text)
     if is_mergekit(document):
         return _load_mergekit(document)
     if document.bundle:

@@ -24,6 +24,10 @@ class Form(Protocol):
     def revisits(self) -> bool:
         """Tell whether it measures the tensors, and so goes through them more than once."""
 
+    @property
+    def spreads(self) -> bool:
+        """Tell whether an entry that is NaN or infinite in any of the tensors is so in the result."""
+
     def measured(self, whole: Whole) -> Form:
         """Find what must be known of the whole tensors; give what can make runs."""
 
@@ -39,6 +43,11 @@ class WeightedSum:
     divisor: float = 1.0
     scale: float = 1.0
     revisits = False
+
+    @property
+    def spreads(self) -> bool:
+        """Tell whether an entry that is NaN or infinite in any of the tensors is so in the result."""
+        return all(self.weights)  # what is added to it, or divides it, is finite, or makes it NaN
 
     def measured(self, whole: Whole) -> WeightedSum:
         """Nothing need be known."""
@@ -57,6 +66,7 @@ class ByInnerProducts:
 
     weights: Callable[[InnerProducts], tuple[float, ...]]
     revisits = True
+    spreads = False
 
     def measured(self, whole: Whole) -> WeightedSum:
         """Measure the inner products."""
@@ -103,6 +113,7 @@ class ThinnedSum:
     scale: float
     seed: int = 0
     limits: tuple[Thinning, ...] = ()
+    spreads = False  # what is trimmed is gone
 
     @property
     def revisits(self) -> bool:

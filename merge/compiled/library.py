@@ -63,7 +63,7 @@ _SIGNATURES: dict[str, tuple[Any, Sequence[Any]]] = {
             *(_Floats, c_void_p, c_int),
         ),
     ),
-    "count_non_finite": (c_int64, (c_size_t, Stored)),
+    "count_matching": (c_int64, (c_size_t, c_void_p, c_int, c_uint64, c_uint64)),
 }
 
 

@@ -6,6 +6,7 @@ import mmap
 import threading
 from collections.abc import Iterator, Sequence
 from ctypes import addressof, c_char
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -87,7 +88,7 @@ class _Input:
         self._node = node
         self._inner = None if isinstance(node, Source) else _Met(node, session)  # type: ignore[arg-type]
         self._dtype = node.output.dtype if self._inner is None else "F32"  # a step gives its working dtype
-        self._held = held
+        self._held, self._watch = held, session.watch
         self._filled = 0  # entries that are there already, where all are held
         entries = node.output.entries
         self._own = byte_size(self._dtype, entries if held else min(session.part, entries))
@@ -99,8 +100,11 @@ class _Input:
             self._inner.settle(arena)
         self._view, self._address = arena.take(self._own)
 
-    def read(self, span: slice) -> Stored:
-        """Give a run of entries."""
+    def read(self, span: slice, *, look: bool, spreads: bool) -> Stored:
+        """Give a run of entries.
+
+        `look`: look whether they are finite. `spreads`: what is not finite in them is so in the result, and found there.
+        """
         start, size = byte_size(self._dtype, span.start), byte_size(self._dtype, span.stop - span.start)
         at = start if self._held else 0
         if span.stop > self._filled:
@@ -108,8 +112,10 @@ class _Input:
                 self._node.checkpoint.read_into(self._node.spec.name, self._view[at : at + size], start)
             else:
                 assert self._inner is not None
-                self._inner.make(span, self._address + at, DTYPES[self._dtype])
+                self._inner.make(span, self._address + at, DTYPES[self._dtype], spreads=spreads)
             self._filled = span.stop if self._held else 0
+        if look and self._watch is not None and isinstance(self._node, Source):
+            self._watch.see(self._node, self._view[at : at + size])
         return Stored(self._address + at, DTYPES[self._dtype])
 
 
@@ -135,20 +141,22 @@ class _Met:
         for one in self._every:
             one.settle(arena)
 
-    def make(self, span: slice, out: int, dtype: int) -> None:
-        """Make a run of the result at an address."""
+    def make(self, span: slice, out: int, dtype: int, *, spreads: bool = True) -> None:
+        """Make a run of the result at an address; `spreads`: what is not finite in it will be so in the end."""
         try:
             if not self._is_measured:
                 self._form, self._is_measured = self._form.measured(self), True
-            self._form.make(self._run(span), out, dtype)
+            spreads = spreads and self._form.spreads
+            self._form.make(self._run(span, look=not spreads, spreads=spreads), out, dtype)
         except PortmanteauError as error:
             raise located(error, self._step) from error
 
     def runs(self, every: int = 1) -> Iterator[Run]:
         """Read all inputs, run by run; where they are not held, one run in so many."""
-        return map(self._run, islice(self._session.spans(self.entries), 0, None, 1 if self._held else every))
+        spans = islice(self._session.spans(self.entries), 0, None, 1 if self._held else every)
+        return map(partial(self._run, look=False, spreads=False), spans)  # they are looked at when the result is made
 
-    def _run(self, span: slice) -> Run:
-        models: Any = (Stored * len(self._models))(*(one.read(span) for one in self._models))
-        base = self._base.read(span) if self._base is not None else NO_TENSOR
-        return Run(span.start, span.stop - span.start, models, base)
+    def _run(self, span: slice, *, look: bool, spreads: bool) -> Run:
+        read = partial(_Input.read, span=span, look=look, spreads=spreads)
+        models: Any = (Stored * len(self._models))(*map(read, self._models))
+        return Run(span.start, span.stop - span.start, models, read(self._base) if self._base else NO_TENSOR)
