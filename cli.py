@@ -110,7 +110,8 @@ def build(
 def verify(
     out: Annotated[Path, typer.Argument(help="A folder that portmanteau built.", show_default=False)],
     rebuild: Annotated[
-        bool, typer.Option("--rebuild", help="Make every tensor again, without writing: does the recipe give these bits?")
+        bool,
+        typer.Option("--rebuild", help="Make every tensor again, without writing: does the recipe give these bits?"),
     ] = False,
     folder: Annotated[
         Path | None, typer.Option(help="With --rebuild: what the recipe's paths are relative to.", show_default=False)

@@ -72,7 +72,9 @@ def held_to_lock(recipe: Recipe, *, threads: int | None = None, progress: Progre
         locked = models[key]["files"]
         there = {name for name in _beside(root) if name in locked or not _is_weights(name)}
         folder = root if root.is_dir() else root.parent
-        mistakes += [Mistake(str(folder / name), "is not in the lock", _AGAIN) for name in sorted(there - locked.keys())]
+        mistakes += [
+            Mistake(str(folder / name), "is not in the lock", _AGAIN) for name in sorted(there - locked.keys())
+        ]
         for name, mark in locked.items():
             if (folder / name).is_file():
                 compared[f"{key}: {name}"] = folder / name, mark
@@ -213,4 +215,3 @@ def _pinned(recipe: Recipe, models: Mapping[str, Any]) -> Recipe:
     steps = {name: replace(body, arguments=replaced(body.arguments, pin)) for name, body in recipe.steps.items()}
     merge = replace(recipe.merge, arguments=replaced(recipe.merge.arguments, pin))
     return replace(recipe, models=named, steps=steps, merge=merge, output=output)
-

@@ -80,7 +80,7 @@ def build(
     made_from = identity(plan, recipe=recipe, options=options, beside=beside)
     healed(out)
     since = ""
-    if out.is_dir() and not force and made_from is not None:
+    if out.is_dir() and not out.is_symlink() and not force and made_from is not None:
         earlier = up_to_date(out, made_from, non_finite)
         if isinstance(earlier, Receipt):
             return earlier

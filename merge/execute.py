@@ -171,7 +171,11 @@ def _pool(threads: int) -> Iterator[Run]:
     with ThreadPoolExecutor(threads, "merge") as pool:
 
         def one_after_the_other(group: Sequence[_Making]) -> list[tuple[str, str]]:
-            return [making(stop.is_set) for making in group]
+            try:
+                return [making(stop.is_set) for making in group]
+            except BaseException:
+                stop.set()
+                raise
 
         def run(work: Iterable[Sequence[_Making]]) -> dict[str, str]:
             futures: list[Future[list[tuple[str, str]]]] = [pool.submit(one_after_the_other, group) for group in work]

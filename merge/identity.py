@@ -116,7 +116,7 @@ def _described(plan: Plan, *, strict: bool) -> Iterator[Any]:
 
 
 def _plain(value: Any, *, strict: bool) -> Any:
-    """Describe a value by what JSON has. Raises _UnknownError, where that is asked for, if it has no such description."""
+    """Describe a value by what JSON has. Where it has no such description, `strict` raises _UnknownError."""
     inner = partial(_plain, strict=strict)
     if value is None or isinstance(value, str | int | float | bool):
         return value
@@ -133,7 +133,8 @@ def _plain(value: Any, *, strict: bool) -> Any:
 
 
 def _of_step(step: Step, inner: Callable[[Any], Any]) -> Any:
-    return [inner(step.output), step.operator.name, inner(step.settings), inner(step.inputs), [*step.labels]]
+    operator = [step.operator.name, inner(step.operator.apply)]
+    return [inner(step.output), operator, inner(step.settings), inner(step.inputs), [*step.labels]]
 
 
 def _of_inputs(inputs: Inputs, inner: Callable[[Any], Any]) -> Any:

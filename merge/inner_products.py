@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import combinations_with_replacement
 from typing import TYPE_CHECKING, Literal
 
-from .kernels import grouped_sums, sums_over
+from .kernels import exact_sum, grouped_sums, sums_over
 from .operator import Parts
 
 if TYPE_CHECKING:

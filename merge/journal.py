@@ -68,7 +68,7 @@ class Journal:
         try:
             self._write("".join(lines))
             os.fsync(self._descriptor)
-            os.replace(new, path)
+            new.replace(path)
             sync_folder(path.parent)
         except BaseException:
             self.close()

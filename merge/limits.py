@@ -31,7 +31,7 @@ class Limits:
     def session(self, plan: Plan) -> tuple[int, Session]:
         """Choose the size of parts and how many threads the memory allows. OutputError where it is too small."""
         surveyed = (inputs for survey in plan.surveys for group in survey.groups.values() for inputs in group)
-        entry = max(4, *map(_entry_bytes, plan.steps), *map(_gathered_bytes, surveyed))
+        entry = max([4, *map(_entry_bytes, plan.steps), *map(_gathered_bytes, surveyed)])
         if entry * GRID > self.memory:
             needed = readable(entry * GRID)
             raise OutputError("--memory", f"{readable(self.memory)} is too small: this plan needs {needed}")

@@ -193,7 +193,7 @@ def _heal(work: Work, out: Path) -> None:
         work.replaced.rename(work.gone if os.path.lexists(out) else out)
     if work.gone.exists():
         shutil.rmtree(work.gone)
-    if not work.result.exists():
+    if not (work.journal.exists() and work.result.exists()):
         work.clear()
 
 

@@ -1,5 +1,6 @@
 """What a build tells while it works, for whoever listens."""
 
+
 class Progress:
     """What a build tells while it works. This one keeps silent; the command line has one that draws."""
 

@@ -70,7 +70,7 @@ class Receipt:
 
 
 def read(folder: Path) -> Receipt:
-    """Read the record of a finished build. Raises OutputError where there is none, or where a byte of it has changed."""
+    """Read the record of a finished build. Raises OutputError where there is none, or a byte of it has changed."""
     path = folder / RECEIPT
     if not path.is_file():
         raise OutputError(str(folder), f"holds no {RECEIPT}", "only what portmanteau built has a receipt")
@@ -82,7 +82,7 @@ def read(folder: Path) -> Receipt:
     except (ValueError, TypeError, KeyError, RecursionError):
         whole = False
     if not whole:
-        hint = "build it again: without its receipt nothing can be said about the result"
+        hint = "build it again: nothing can be said about a result without its receipt"
         raise OutputError(str(path), "is damaged, was edited, or comes from another version of portmanteau", hint)
     return receipt
 
@@ -94,7 +94,7 @@ def _with_seal(raw: bytes, before: str, after: str) -> bytes:
 
 
 def file_records(folder: Path, shards: Iterable[Shard]) -> dict[str, dict[str, Any]]:
-    """Give size and digest of every file in a folder; of weight files those of their headers, tensors have their own."""
+    """Give size and digest of every file in a folder; of weight files, whose tensors have their own, of the header."""
     weights = {shard.file: shard for shard in shards}
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):

@@ -88,7 +88,9 @@ class _Whole:
             same = digest_of_file(self.path, self.progress.advance) == self.digest
         except (OSError, EOFError) as error:
             return Mistake(str(self.path), f"cannot be read: {error}", _AGAIN)
-        return None if same else Mistake(str(self.path), "is damaged: its bytes are not those that were written", _AGAIN)
+        return (
+            None if same else Mistake(str(self.path), "is damaged: its bytes are not those that were written", _AGAIN)
+        )
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ entry of largest magnitude of every left vector is positive. What is decomposed 
 from __future__ import annotations
 
 import hashlib
-import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass

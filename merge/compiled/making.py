@@ -103,7 +103,7 @@ class _Input:
     def read(self, span: slice, *, look: bool, spreads: bool) -> Stored:
         """Give a run of entries.
 
-        `look`: look whether they are finite. `spreads`: what is not finite in them is so in the result, and found there.
+        `look`: see whether they are finite. `spreads`: what is not is so in the result too, and is found there.
         """
         start, size = byte_size(self._dtype, span.start), byte_size(self._dtype, span.stop - span.start)
         at = start if self._held else 0

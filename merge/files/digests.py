@@ -18,7 +18,7 @@ def digest(data: bytes) -> str:
 def digest_of_run(
     file: PositionalFile, start: int, size: int, advance: Callable[[int], None] = lambda count: None
 ) -> str:
-    """Give the digest of a run of a file's bytes; EOFError where the file ends before. `advance` is told what is done."""
+    """Give the digest of a run of a file's bytes, telling `advance` what is done. EOFError where the file ends."""
     hasher, buffer = blake3.blake3(), memoryview(bytearray(min(BLOCK, size)))
     for at in range(start, start + size, BLOCK):
         block = buffer[: min(BLOCK, start + size - at)]
