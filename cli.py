@@ -373,7 +373,7 @@ def _drawn_progress() -> Iterator[merge.Progress]:
         with _bars() if sys.stderr.isatty() else nullcontext() as bars:
             yield _Drawn(bars) if bars else _Telling()
     except KeyboardInterrupt as error:
-        _say(f"interrupted: {'; '.join(_added(error)) or 'nothing was written'}")
+        _say(": ".join(["interrupted", *_added(error)]))
         raise
 
 

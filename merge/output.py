@@ -146,16 +146,21 @@ def published(out: Path, *, fresh: bool = False) -> Iterator[Work]:
     with _held(out) as work:
         if fresh:
             work.clear()
+        filled = False
         try:
             yield work
+            filled = True
             _sync(work.result)
             _rename(work, out)
+            sync_folder(out.parent)
+            work.clear()
         except BaseException as error:
             told = _as_output_error(out, error) if isinstance(error, OSError) else error
-            _leave(work, error, told)
+            if filled and not work.result.exists():
+                told.add_note(f"{out} is written all the same")
+            else:
+                _leave(work, error, told)
             raise told from (error if told is not error else error.__cause__)
-        sync_folder(out.parent)
-        work.clear()
 
 
 def healed(out: Path) -> None:
@@ -203,6 +208,8 @@ def _leave(work: Work, error: BaseException, told: BaseException) -> None:
     if read is None or not read.finished or not work.result.is_dir() or getattr(error, "errno", 0) == errno.EIO:
         with suppress(OSError):
             work.clear()
+        if isinstance(error, KeyboardInterrupt):
+            told.add_note("nothing was written")
         return
     count = f"{len(read.finished)} finished tensor{'s are' if len(read.finished) > 1 else ' is'} kept"
     told.add_note(f"{count} in {work.home}: the same command continues, with --fresh it starts anew")
