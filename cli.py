@@ -418,6 +418,10 @@ class _Drawn(_Telling):
         self._done = 0
         self._task = self._bars.add_task(title, total=nbytes, done=0, tensors=tensors)
 
+    def tell(self, text: str) -> None:
+        """Say it above the bars."""
+        self._bars.console.print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)
+
     def advance(self, nbytes: int, tensors: int = 0) -> None:
         """Move the bar on."""
         assert self._task is not None

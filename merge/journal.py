@@ -7,6 +7,9 @@ the disk. Whatever subset of writes arrived, a line is used exactly if it is who
 and the identity, so neither a torn line nor a block of an older journal passes for one) and if the bytes that it speaks
 of are there. Bytes and lines that were lost are made anew.
 
+Surveys are not kept: they are carried out anew, and what they find is part of the identity (merge/building.py), so that
+tensors which follow from it are continued only where it is the same.
+
 What the order still decides is how much is lost. Data that was never synced may be gone after a power failure, so every
 half minute of work is made durable: first the weight files, then the journal, which thus never promises, for long, what
 the disk does not hold. The last sync before the result takes its name covers everything again, since `fsync` takes all
