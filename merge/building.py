@@ -79,31 +79,21 @@ def build(
     options = {"dtype": dtype and parse(dtype), "size of shards": shard_size}
     made_from = identity(plan, recipe=recipe, options=options, beside=beside)
     healed(out)
-    since = ""
-    if out.is_dir() and not out.is_symlink() and not force and made_from is not None:
-        earlier = up_to_date(out, made_from, non_finite)
-        if isinstance(earlier, Receipt):
-            return earlier
-        since = earlier
-    check_place(out, nbytes=plan.bytes_written, force=force, since=since)
+    earlier = "" if force else _standing(out, made_from, non_finite)
+    if isinstance(earlier, Receipt):
+        return earlier
+    check_place(out, nbytes=plan.bytes_written, force=force, since=earlier)
+    text = _of_recipe(recipe, recipe_folder, out) if recipe is not None else None
     with published(out, fresh=fresh) as work:
         making = _Build(limits, progress, Watch() if non_finite != "keep" else None, non_finite, made_from, work)
-        plan, done, writer, continued = making.weights(plan, shard_size, beside)
-        beside = beside.with_texts_of(plan.companions)
-        companions.write(beside, work.result, [step.output for step in plan.steps])
-        card = model_card.text(plan, recipe, beside.form)
-        (work.result / "README.md").write_text(card, encoding="utf-8")
-        text = _of_recipe(recipe, recipe_folder, out) if recipe is not None else None
-        receipt = make_receipt(plan, done, text, time.monotonic() - begun)
-        receipt = replace(
-            receipt,
-            notes=(*receipt.notes, *making.notes),
-            files=file_records(work.result, writer.shards),
-            made_from=made_from,
-            non_finite=non_finite,
-            outcome="continued" if continued else "built",
-        ).write(work.result)
-    return receipt
+        return making.result(plan, shard_size, beside, text, begun)
+
+
+def _standing(out: Path, made_from: Identity | None, non_finite: str) -> Receipt | str:
+    """Give the receipt of a result that stands there and is what is asked for; else how it differs, as far as known."""
+    if made_from is None or not out.is_dir() or out.is_symlink():
+        return ""
+    return up_to_date(out, made_from, non_finite)
 
 
 def _of_recipe(text: str, folder: Path | None, out: Path) -> dict[str, str]:
@@ -127,6 +117,25 @@ class _Build:
     non_finite: Choice
     made_from: Identity | None
     work: Work
+
+    def result(
+        self, plan: Plan, shard_size: int, beside: Companions, recipe: Mapping[str, str] | None, begun: float
+    ) -> Receipt:
+        """Make everything that stands in the folder; the receipt last."""
+        plan, done, writer, continued = self.weights(plan, shard_size, beside)
+        folder, beside = self.work.result, beside.with_texts_of(plan.companions)
+        companions.write(beside, folder, [step.output for step in plan.steps])
+        card = model_card.text(plan, recipe["text"] if recipe else None, beside.form)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        receipt = make_receipt(plan, done, recipe, time.monotonic() - begun)
+        return replace(
+            receipt,
+            notes=(*receipt.notes, *self.notes),
+            files=file_records(folder, writer.shards),
+            made_from=self.made_from,
+            non_finite=self.non_finite,
+            outcome="continued" if continued else "built",
+        ).write(folder)
 
     def weights(self, plan: Plan, shard_size: int, beside: Companions) -> tuple[Plan, Done, Writer, bool]:
         """Carry out surveys and steps; give the settled plan, what came out, and whether an earlier build went on."""
