@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -23,6 +22,7 @@ from portmanteau.compositions import (
     lock_file,
     measured_by,
     overlaps,
+    preflight,
     rebuilt,
     reference_page,
 )
@@ -30,6 +30,8 @@ from portmanteau.compositions.recipe import text as recipe_text
 from portmanteau.merge import describe
 from portmanteau.merge.limits import MEMORY, Limits
 from portmanteau.merge.output import check_file
+from portmanteau.merge.plugins.discovery import announce
+from portmanteau.merge.shown import json_text, printable, printable_lines
 from portmanteau.merge.units import byte_count, readable
 
 if TYPE_CHECKING:
@@ -63,6 +65,17 @@ _NON_FINITE_HELP = "What to do where an input or the result has NaN or infinity.
 NonFinite = Annotated[Literal["error", "warn", "keep"], typer.Option("--non-finite", help=_NON_FINITE_HELP)]
 
 
+def _announce(modules: list[str] | None) -> list[str] | None:
+    """Tell where operators are found that are none of ours; they are imported where a recipe names one."""
+    for module in modules or ():
+        announce(module)
+    return modules
+
+
+_PLUGIN_HELP = "A module, or a .py file, that registers operators or mergekit methods; may be given again."
+Plugin = Annotated[list[str] | None, typer.Option("--plugin", metavar="MODULE", callback=_announce, help=_PLUGIN_HELP)]
+
+
 @app.command()
 def build(
     recipe: Recipe,
@@ -73,15 +86,20 @@ def build(
     fresh: Annotated[bool, typer.Option("--fresh", help="Start anew: continue no build that was ended.")] = False,
     non_finite: NonFinite = "error",
     locked: Annotated[bool, typer.Option("--locked", help="Refuse inputs other than those in RECIPE.lock.")] = False,
+    plugin: Plugin = None,
     as_json: Json = False,
 ) -> None:
     """Plan and build: write the model that a recipe asks for. A build that was ended is continued."""
-    loaded = load(recipe)
+    loaded = None
     if locked:
         with _drawn_progress() as progress:
-            loaded = lock_file.held_to_lock(loaded, threads=threads, progress=progress)
-    composed = compose(loaded)
+            loaded = lock_file.held_to_lock(load(recipe), threads=threads, progress=progress)
+    ready = preflight(loaded or recipe, out, force=force, may_stand=True)
+    loaded, composed = ready.recipe, ready.composed
     _notes(composed.notes)
+    if ready.bytes_to_download:
+        _say(f"downloads {readable(ready.bytes_to_download)} from the Hub")
+        composed = compose(loaded)
     with _drawn_progress() as progress:
         receipt = merge.build(
             composed,
@@ -117,6 +135,7 @@ def verify(
         Path | None, typer.Option(help="With --rebuild: what the recipe's paths are relative to.", show_default=False)
     ] = None,
     threads: Threads = None,
+    plugin: Plugin = None,
     as_json: Json = False,
 ) -> None:
     """Compare a result, every byte of it, with its receipt; name each tensor and file that differs."""
@@ -131,12 +150,12 @@ def verify(
             _say(str(mistake))
         again = ", and the recipe gives these bits" if rebuild else ""
         what = f"{found.tensors} tensors and {found.files} files, {readable(found.nbytes)}"
-        typer.echo(f"{out}: {len(mistakes)} damaged, of {what}" if mistakes else f"{out}: whole{again}: {what}")
+        _print(f"{out}: {len(mistakes)} damaged, of {what}" if mistakes else f"{out}: whole{again}: {what}")
     raise typer.Exit(1 if mistakes else 0)
 
 
 @app.command()
-def lock(recipe: Recipe, threads: Threads = None, as_json: Json = False) -> None:
+def lock(recipe: Recipe, threads: Threads = None, plugin: Plugin = None, as_json: Json = False) -> None:
     """Write RECIPE.lock: the revision and the digest of every file that the recipe reads."""
     with _drawn_progress() as progress:
         path, files = lock_file.write(load(recipe), threads=threads, progress=progress)
@@ -147,10 +166,12 @@ def lock(recipe: Recipe, threads: Threads = None, as_json: Json = False) -> None
 
 
 @app.command()
-def plan(recipe: Recipe, threads: Threads = None, memory: Memory = MEMORY, as_json: Json = False) -> None:
+def plan(
+    recipe: Recipe, threads: Threads = None, memory: Memory = MEMORY, plugin: Plugin = None, as_json: Json = False
+) -> None:
     """Show what a build would do, without reading any weights."""
-    loaded = load(recipe)
-    made = merge.make_plan(compose(loaded), loaded.output.dtype)
+    ready = preflight(recipe)
+    made = ready.plan
     limits = Limits.of(threads, memory)
     summary = describe.plan(made, limits.in_flight(made))
     if as_json:
@@ -163,8 +184,10 @@ def plan(recipe: Recipe, threads: Threads = None, memory: Memory = MEMORY, as_js
     if not made.pending:
         _table(("operator", "of", "settings", "tensors", "bytes", "because of"), rows)
     for survey in summary["surveys"]:
-        typer.echo(f"survey first: {survey['title']}, reads {readable(survey['bytes'])} each time")
-    typer.echo(
+        _print(f"survey first: {survey['title']}, reads {readable(survey['bytes'])} each time")
+    if ready.bytes_to_download:
+        _print(f"downloads {readable(ready.bytes_to_download)} first")
+    _print(
         f"reads {readable(summary['bytes_read'])}, writes {_most(made)}, "
         f"in flight at most {readable(summary['bytes_in_flight'])}"
     )
@@ -172,29 +195,38 @@ def plan(recipe: Recipe, threads: Threads = None, memory: Memory = MEMORY, as_js
 
 
 @app.command()
-def check(recipe: Recipe, as_json: Json = False) -> None:
-    """Check a recipe: its text, and the headers of all checkpoints that it names."""
-    loaded = load(recipe)
-    made = merge.make_plan(compose(loaded), loaded.output.dtype)
+def check(
+    recipe: Recipe,
+    out: Annotated[Path | None, typer.Argument(help="Where it is to be built.", show_default=False)] = None,
+    force: Annotated[bool, typer.Option(help="As for build: an earlier result there may be replaced.")] = False,
+    plugin: Plugin = None,
+    as_json: Json = False,
+) -> None:
+    """Check a recipe: its text, the headers of all checkpoints that it names, and the place of the result."""
+    ready = preflight(recipe, out, force=force)
+    made, download = ready.plan, ready.bytes_to_download
     if as_json:
-        _print_json(
-            {"tensors": None if made.pending else len(made.steps), "bytes": made.bytes_written, "notes": made.notes}
-        )
+        about = {"tensors": None if made.pending else len(made.steps), "bytes": made.bytes_written}
+        _print_json({**about, "bytes_to_download": download, "notes": made.notes})
     else:
         count = "tensors that a survey will tell" if made.pending else f"{len(made.steps)} tensors"
-        typer.echo(f"{recipe}: good; it makes {count}, {_most(made)}")
+        more = f", after a download of {readable(download)}" if download else ""
+        _print(f"{recipe}: good; it makes {count}, {_most(made)}{more}")
         _notes(made.notes)
 
 
 @app.command()
-def convert(recipe: Recipe) -> None:
+def convert(recipe: Recipe, plugin: Plugin = None) -> None:
     """Print a mergekit YAML as a recipe of portmanteau's own, which builds the same bytes."""
-    typer.echo(recipe_text.written(load(recipe).document.value), nl=False)
+    loaded = load(recipe)
+    _print(recipe_text.written(loaded.document.value).rstrip("\n"))
+    _notes(loaded.document.notes)
 
 
 @app.command()
 def show(
     name: Annotated[str | None, typer.Argument(help="An operator or a composition.", show_default=False)] = None,
+    plugin: Plugin = None,
     as_json: Json = False,
 ) -> None:
     """Show the operators and compositions, or one of them with its settings, formula and source."""
@@ -209,7 +241,7 @@ def show(
     if as_json:
         _print_json(entry)
         return
-    typer.echo(f"{entry['name']} ({entry['kind']})\n\n{entry['text']}\n\nsource: {entry['source']}\n")
+    _print(f"{entry['name']} ({entry['kind']})\n\n{entry['text']}\n\nsource: {entry['source']}\n")
     settings = [(s["name"], s["type"], s["default"], s["description"]) for s in entry["settings"]]
     _table(("setting", "type", "default", "meaning"), settings)
 
@@ -225,9 +257,9 @@ def inspect(
     if as_json:
         _print_json(found)
         return
-    typer.echo(f"{checkpoint}: {found['tensors']} tensors, {found['entries']:,} entries, {readable(found['bytes'])}")
+    _print(f"{checkpoint}: {found['tensors']} tensors, {found['entries']:,} entries, {readable(found['bytes'])}")
     for about in found.get("about", ()):
-        typer.echo("; ".join(f"{key.replace('_', ' ')}: {value}" for key, value in about.items()))
+        _print("; ".join(f"{key.replace('_', ' ')}: {value}" for key, value in about.items()))
     groups = [(r["where"], r["layers"], str(r["tensors"]), readable(r["bytes"]), r["dtypes"]) for r in found["groups"]]
     _table(("where", "layers", "tensors", "bytes", "dtypes"), groups)
     if tensors:
@@ -340,7 +372,12 @@ def _most(made: merge.Plan) -> str:
 
 
 def _say(text: str) -> None:
-    typer.echo(text, err=True)
+    """Print on stderr. This and the next three are all that prints: nothing that strangers wrote goes out raw."""
+    typer.echo(printable_lines(text), err=True)
+
+
+def _print(text: str) -> None:
+    typer.echo(printable_lines(text))
 
 
 def _notes(notes: Sequence[str]) -> None:
@@ -349,7 +386,7 @@ def _notes(notes: Sequence[str]) -> None:
 
 
 def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+    typer.echo(json_text(value, indent=2, default=str))
 
 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -362,7 +399,7 @@ def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 1000)
     table = Table(*titles, box=box.SIMPLE_HEAD, pad_edge=False)
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     console.print(table)
 
 
@@ -387,7 +424,7 @@ def _bars() -> Bars:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(),
         TextColumn("{task.fields[done]}/{task.fields[tensors]} tensors"),
@@ -416,7 +453,7 @@ class _Drawn(_Telling):
     def begin(self, title: str, nbytes: int, tensors: int) -> None:
         """Begin a bar."""
         self._done = 0
-        self._task = self._bars.add_task(title, total=nbytes, done=0, tensors=tensors)
+        self._task = self._bars.add_task(printable(title), total=nbytes, done=0, tensors=tensors)
 
     def tell(self, text: str) -> None:
         """Say it above the bars."""

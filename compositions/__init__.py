@@ -9,6 +9,7 @@ from .average_adapters import average_adapters
 from .changes import Changes, changes
 from .compose import compose
 from .composition import Composition, composition
+from .emr_task import emr_task
 from .extract_lora import extract_lora
 from .extract_sparse import extract_sparse
 from .fisher import fisher
@@ -17,6 +18,7 @@ from .layer_swap import layer_swap
 from .lora import lora
 from .metric_command import measured_by
 from .overlap import Overlap, overlaps
+from .preflight import Preflight, preflight
 from .rebuilt import rebuilt
 from .recipe.reading import Recipe, load
 from .revert_sparse import revert_sparse
@@ -25,6 +27,8 @@ from .sparse_fine_tune import Term, sparse_fine_tune
 from .stack_adapters import stack_adapters
 from .swap_lora import swap_lora
 from .tensorwise import Rule, tensorwise
+from .vocabulary.row_maps import RowOf, TokenRule
+from .vocabulary.shared import with_vocabulary
 from .zones import Ends, Zone
 
 if TYPE_CHECKING:
@@ -44,11 +48,14 @@ __all__ = [
     "Ends",
     "Exponential",
     "Overlap",
+    "Preflight",
     "Recipe",
+    "RowOf",
     "Rule",
     "Slice",
     "Soup",
     "Term",
+    "TokenRule",
     "Try",
     "Zone",
     "accumulative_averages",
@@ -58,6 +65,7 @@ __all__ = [
     "changes",
     "compose",
     "composition",
+    "emr_task",
     "extract_lora",
     "extract_sparse",
     "fisher",
@@ -67,6 +75,7 @@ __all__ = [
     "lora",
     "measured_by",
     "overlaps",
+    "preflight",
     "rebuilt",
     "revert_sparse",
     "slices",
@@ -75,4 +84,5 @@ __all__ = [
     "swap_lora",
     "tensorwise",
     "training",
+    "with_vocabulary",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,9 +10,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from portmanteau.merge import Checkpoint, Composed, MergeError, Step, StoredCheckpoint
+from portmanteau.merge import Checkpoint, CheckpointError, Composed, MergeError, Step, StoredCheckpoint
 from portmanteau.merge.dtypes import is_float
 from portmanteau.merge.errors import Mistake, some
+from portmanteau.merge.files.json_file import TABLE_BYTES, read_json
 from portmanteau.merge.names import matches
 from portmanteau.merge.node import Inputs, copy_of
 from portmanteau.merge.registry import find
@@ -236,7 +236,7 @@ def _loss(snapshot: Checkpoint) -> float | None:
     if path is None or not path.is_file():
         return None
     try:
-        history = json.loads(path.read_text(encoding="utf-8"))["log_history"]
+        history = read_json(path, TABLE_BYTES)["log_history"]
         return next((float(row["loss"]) for row in reversed(history) if "loss" in row), None)
-    except (ValueError, KeyError, TypeError):
+    except (CheckpointError, ValueError, KeyError, TypeError, OverflowError):
         return None

@@ -17,6 +17,7 @@ import yaml
 from portmanteau.merge import Checkpoint, Composed, MergeError, Receipt, build, make_plan
 from portmanteau.merge import open as open_checkpoint
 from portmanteau.merge.errors import Mistake, PortmanteauError, some
+from portmanteau.merge.files.places import kind, user_path
 from portmanteau.merge.node import Step
 from portmanteau.merge.output import check_file, check_place
 
@@ -186,8 +187,8 @@ def _recipe_beside(out: Path) -> Path:
 
 def _seen_from(folder: Path, name: str) -> str:
     """Write a path relative to a folder, as a recipe there names it; what is no path here (a Hub id) stays as it is."""
-    path = Path(name).expanduser()
-    if not path.exists():
+    path = user_path(name)
+    if kind(path) == "nothing":
         return name
     if not path.is_absolute():
         here = Path.cwd() / path

@@ -187,7 +187,8 @@ def _marks(paths: Iterable[Path], threads: int | None, progress: Progress | None
 def _every(recipe: Recipe) -> Iterator[Reference]:
     """Go through all references of a recipe to what is on disk or on the Hub, each as what it is used as."""
     used = [found for body in (*recipe.steps.values(), recipe.merge) for _, found in references(body.arguments)]
-    used += [recipe.output.tokenizer] if recipe.output.tokenizer is not None else []
+    if recipe.output.tokenizer is not None:
+        used += [found for _, found in recipe.output.tokenizer.references(())]
     used += [adapter for model in recipe.models.values() for adapter, _ in model.lora]
     named = {found.path for found in used}
     used += [Reference(path=name) for name in recipe.models if name not in named]
@@ -211,7 +212,7 @@ def _pinned(recipe: Recipe, models: Mapping[str, Any]) -> Recipe:
         named[name] = one.model_copy(update={"revision": revision, "lora": lora})
     output = recipe.output
     if output.tokenizer is not None:
-        output = output.model_copy(update={"tokenizer": pin(output.tokenizer)})
+        output = output.model_copy(update={"tokenizer": output.tokenizer.with_models(pin)})
     steps = {name: replace(body, arguments=replaced(body.arguments, pin)) for name, body in recipe.steps.items()}
     merge = replace(recipe.merge, arguments=replaced(recipe.merge.arguments, pin))
     return replace(recipe, models=named, steps=steps, merge=merge, output=output)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from portmanteau.merge import Checkpoint, MergeError, TensorSpec
-from portmanteau.merge.companions import vocabulary
+from portmanteau.merge.companions import INPUT_EMBEDDINGS, vocabulary
 from portmanteau.merge.dtypes import is_float, promote
 from portmanteau.merge.errors import Mistake, some
 from portmanteau.merge.names import align, matches
@@ -19,6 +19,7 @@ HEADS = "*lm_head.weight|*embed_out.weight|*predictions.decoder.weight|*output_p
 _WITH_TIED_HEADS = "*ForCausalLM|*LMHead*|*ForMaskedLM|*ForConditionalGeneration"
 TASK_HEADS = "*classifier*|qa_outputs.*|score.*"  # made anew for a task, so initialised by each run's seed
 _KEEP = "unmatched: keep takes such tensors from the first model that has them, unmatched: drop leaves them out"
+_ONE_VOCABULARY = "output: {tokenizer: NAME}, or {tokenizer: {source: union}}, brings them to one vocabulary"
 
 Unmatched = Annotated[
     Literal["error", "keep", "drop"],
@@ -48,7 +49,8 @@ def match(models: Mapping[str, Checkpoint], reference: str, unmatched: str = "er
 
     Raises MergeError, with every mistake found: names that not all have, shapes or vocabularies that differ.
     """
-    names_of, notes = _aligned(models, reference)
+    names_of, renamings = _aligned(models, reference)
+    notes = [note for model in models.values() for note in getattr(model, "notes", ())] + renamings
     named = {
         label: {names_of[label][name]: model.node(name) for name in model.specs} for label, model in models.items()
     }
@@ -66,7 +68,7 @@ def match(models: Mapping[str, Checkpoint], reference: str, unmatched: str = "er
         verb = "kept from the first model that has them" if unmatched == "keep" else "left out"
         notes.append(f"{len(partial)} tensors that not every model has were {verb}: {some(partial)}")
     names = [name for name in every if name not in partial or unmatched == "keep"]
-    return Matching({name: _met(name, named, complete=name not in partial) for name in names}, tuple(notes))
+    return Matching({n: _met(n, named, complete=n not in partial) for n in names}, tuple(dict.fromkeys(notes)))
 
 
 def _aligned(models: Mapping[str, Checkpoint], reference: str) -> tuple[dict[str, dict[str, str]], list[str]]:
@@ -128,7 +130,8 @@ def _different_shapes(named: Mapping[str, Mapping[str, Node]], names: list[str])
         found = {label: nodes[name].output for label, nodes in named.items() if name in nodes}
         if len({spec.shape for spec in found.values()}) > 1:
             shown = ", ".join(f"{label} {list(spec.shape)}" for label, spec in found.items())
-            mistakes.append(Mistake("", f"tensor {name}: shapes differ: {shown}"))
+            in_rows = matches(f"{INPUT_EMBEDDINGS}|{HEADS}", name) and len({s.shape[1:] for s in found.values()}) == 1
+            mistakes.append(Mistake("", f"tensor {name}: shapes differ: {shown}", _ONE_VOCABULARY if in_rows else ""))
         elif len({is_float(spec.dtype) for spec in found.values()}) > 1:
             shown = ", ".join(f"{label} {spec.dtype}" for label, spec in found.items())
             mistakes.append(Mistake("", f"tensor {name}: dtypes cannot be brought together: {shown}"))
@@ -147,7 +150,7 @@ def different_vocabularies(models: Mapping[str, Checkpoint], reference: str) -> 
         other = vocabulary(model.companions)
         if own and other and (moved := [word for word, i in other.items() if own.get(word, i) != i]):
             what = f"{label} and {reference} give other ids to {len(moved)} tokens: {some(map(repr, moved))}"
-            mistakes.append(Mistake("", what, "their embedding rows mean different tokens and cannot be merged"))
+            mistakes.append(Mistake("", what, f"their rows mean different tokens: {_ONE_VOCABULARY}"))
     return mistakes
 
 
@@ -160,6 +163,8 @@ def _same_files(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 def is_tied(base: Checkpoint) -> bool:
     """Tell whether the head of a language model is its embedding."""
     config = base.companions.config or {}
-    generates = any(matches(_WITH_TIED_HEADS, name) for name in config.get("architectures") or ())
+    named = config.get("architectures")
+    names = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
+    generates = any(matches(_WITH_TIED_HEADS, name) for name in names)
     own = any(matches(HEADS, name) for name in base.specs)
     return generates and not own and config.get("tie_word_embeddings") is not False

@@ -12,9 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic.fields import FieldInfo
 
 from portmanteau.merge import Adapter, Bottleneck, Checkpoint, RecipeError, SparseFineTune
-from portmanteau.merge.errors import nearest
 from portmanteau.merge.operator import Setting
-from portmanteau.merge.registry import operators
+from portmanteau.merge.registry import exists, find, operators, unknown, with_plugins
 
 from .composition import Composition, compositions
 
@@ -24,7 +23,7 @@ _NAMES = {Checkpoint: "model", Adapter: "adapter", Bottleneck: "bottleneck adapt
 def overview() -> list[dict[str, str]]:
     """List every composition and operator with its first line."""
     found = [(c.name, "composition", c.summary) for c in compositions().values()]
-    found += [(o.name, "operator", o.summary) for o in operators().values()]
+    found += [(o.name, "operator", o.summary) for o in with_plugins().values()]
     return [{"name": name, "kind": kind, "summary": summary} for name, kind, summary in found]
 
 
@@ -34,9 +33,9 @@ def entry(name: str) -> dict[str, Any]:
         made = compositions()[name]
         settings = [_key(key, annotation, default) for key, (annotation, default) in made.parameters.items()]
         return {"name": name, "kind": "composition", "text": _text(made), "source": made.source, "settings": settings}
-    if name not in operators():
-        raise RecipeError("", f"no operator or composition {name!r}", nearest(name, [*compositions(), *operators()]))
-    operator = operators()[name]
+    if not exists(name):
+        raise RecipeError("", f"no operator or composition {name!r}", unknown(name, [*compositions(), *operators()]))
+    operator = find(name)
     settings = [_setting(setting) for setting in operator.settings.values()]
     text = inspect.getdoc(operator.apply) or ""
     base = {"needs_base": operator.needs_base, "takes_base": operator.takes_base}

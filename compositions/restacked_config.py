@@ -10,13 +10,28 @@ from portmanteau.merge import MergeError
 from portmanteau.merge.errors import Mistake
 from portmanteau.merge.names import Stack
 
-COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+from .components import is_of_vision
+
+COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "depth")
 _SIDES = {
     "decoder": ("decoder_layers", "num_decoder_layers"),
     "encoder": ("encoder_layers", "num_encoder_layers", *COUNTS),
 }
-_NOT_BY_LAYER = ("architectures", "eos_token_id", "bos_token_id", "pad_token_id", "suppress_tokens")
-_NUMBERS = ("mlp_only_layers", "cross_attention_layers")  # lists of layer numbers
+_NOT_BY_LAYER = (  # lists that may happen to be as long
+    "architectures",
+    "eos_token_id",
+    "bos_token_id",
+    "pad_token_id",
+    "suppress_tokens",
+    "image_size",
+    "patch_size",
+)
+_NUMBERS = (  # lists of layer numbers
+    "mlp_only_layers",
+    "cross_attention_layers",
+    "fullatt_block_indexes",
+    "deepstack_visual_indexes",
+)
 _ATTENTION_BY_POSITION = (  # where `layer_types` does not spell it out
     "sliding_window_pattern",
     "global_attn_every_n_layers",
@@ -64,8 +79,8 @@ def restacked(
         if name in counts and value == stack.count:
             home[name] = len(origins)
         elif name in _NUMBERS and isinstance(value, list):
-            home[name] = [i for i, one in enumerate(origins) if one.layer in (_home(one).get(name) or ())]
-        elif isinstance(value, list) and len(value) == stack.count and name not in _NOT_BY_LAYER:
+            home[name] = [i for i, one in enumerate(origins) if one.layer in _listed(_home(one).get(name))]
+        elif _by_layer(name, value, stack):
             home[name] = [_entry(name, one, mistakes) for one in origins]
     if isinstance(home.get("attention_types"), list) and isinstance(home.get("attention_layers"), list):
         home["attention_types"] = [[home["attention_layers"], 1]]  # GPT-Neo: a pattern and how often it is repeated
@@ -74,12 +89,38 @@ def restacked(
     return ({**config, key: home} if key else home), _notes(home, stack, origins)
 
 
+def is_true_of(config: Mapping[str, Any] | None, stack: Stack, other: Origin) -> bool:
+    """Tell whether a config is true of its stack with the layers of another model: as many, and of the same kinds.
+
+    Args:
+        config: the config; None is true of anything.
+        stack: its stack.
+        other: the other model, and its stack.
+
+    """
+    if config is None or other.config is None:
+        return config is None or other.stack.count == stack.count
+    key = _part(config, stack)
+    own, theirs = config[key] if key else config, _home(other)
+    same = (own[name] == theirs[name] for name in own.keys() & theirs.keys() if _by_layer(name, own[name], stack))
+    return other.stack.count == stack.count and all(same)
+
+
+def _by_layer(name: str, value: Any, stack: Stack) -> bool:
+    """Tell whether a value has an entry for each layer, or is a list of layers."""
+    if not isinstance(value, list) or name in _NOT_BY_LAYER:
+        return False
+    return name in _NUMBERS or len(value) == stack.count
+
+
 def _part(config: Mapping[str, Any], stack: Stack) -> str:
     """Find the part of the config that describes the stack: `text_config`, `vision_config`; nothing for the whole."""
     parts = [key for key, value in config.items() if key.endswith("_config") and isinstance(value, Mapping)]
     named = [key for key in parts if key.removesuffix("_config") in stack.prefix]
     if named:
         return named[0]
+    if "vision_config" in parts and is_of_vision(stack.prefix):
+        return "vision_config"
     return "text_config" if "text_config" in parts else ""
 
 
@@ -93,8 +134,12 @@ def _home(origin: Origin) -> Mapping[str, Any]:
     if origin.config is None:
         return {}
     key = _part(origin.config, origin.stack)
-    found: Mapping[str, Any] = origin.config[key] if key else origin.config
-    return found
+    found = origin.config[key] if key else origin.config
+    return found if isinstance(found, Mapping) else {}
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _entry(name: str, origin: Origin, mistakes: list[Mistake]) -> Any:

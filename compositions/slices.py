@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
@@ -14,11 +15,12 @@ from portmanteau.merge.names import Stack, matches
 from portmanteau.merge.node import copy_of
 from portmanteau.merge.tensor_spec import TensorSpec
 
+from .components import part_of, stack_of
 from .composition import composition
 from .matching import HEADS, different_vocabularies, match
 from .recipe.operator_body import SliceBody
 from .restacked_config import Origin, restacked
-from .tensorwise import Job, Rule, base_label, check, refuse_packed
+from .tensorwise import Job, Rule, base_label, check, refuse_packed, unused
 
 _FRONT = "*emb*|*wte.*|*wpe.*|*shared.weight|*.conv[12].*|*patch*|*class_token*|*ln_pre*|*layernorm_pre*|*pre_la*norm*"
 
@@ -52,6 +54,11 @@ class Slice:
         """The base, where there is one, and the models, by name."""
         return {**({base_label(self.models): self.base} if self.base is not None else {}), **self.models}
 
+    def only(self, word: str) -> Slice:
+        """Give the same of one component of the models."""
+        models = {label: part_of(model, word) for label, model in self.models.items()}
+        return replace(self, models=models, base=part_of(self.base, word) if self.base is not None else None)
+
     @property
     def job(self) -> Job:
         """What is done to its tensors."""
@@ -74,21 +81,30 @@ def slices(
         Field(description="the model whose config and files go with the result; default: the first slice's first"),
     ] = None,
     stack: Annotated[
-        str | None, Field(description="which stack of layers, where there are several: its name, or a pattern")
+        str | None,
+        Field(description="which stack of layers, where there are several: its name, a pattern, or its component"),
+    ] = None,
+    only: Annotated[
+        str | None, Field(description="restack one component of the models, and leave the others out: for `assemble`")
     ] = None,
 ) -> Composed:
     """Put a stack of layers together from layers of models.
 
     Each slice is `{model: a, layers: [first, end]}`, with `end` not counted, or an operator over layers of several
     models: `{operator: slerp, models: [a, b], layers: {a: [8, 16], b: [4, 12]}, t: [0.2, 0.8]}`. Layers are numbered
-    anew. Embeddings are made as the first slice's layers are, final norm and heads as the last one's (gradients at
-    their first value), or all taken from `outside`. The config is made true: the number of layers, and every list that
-    has an entry for each layer.
+    anew. Embeddings, and what the first layer alone has (T5's table of relative positions), are made as the first
+    slice's layers are, final norm and heads as the last one's (gradients at their first value), or all taken from
+    `outside`. The config is made true: the number of layers, and every list that has an entry for each layer.
 
     Raises MergeError for models that do not fit, ranges beyond their layers, and a config that cannot be made true.
     """
-    pieces = _pieces(parts, stack)
+    if not parts:
+        raise MergeError("parts", "there are no slices")
     given = donor or outside or next(iter(parts[0].inputs.values()))
+    several = len(given.layers.stacks) > 1
+    if only is not None:
+        given, parts, stack = part_of(given, only), [part.only(only) for part in parts], None
+    pieces = _pieces(parts, stack)
     target = _Target(given, _stack(given, stack, "donor"))
     nodes: dict[str, Step] = {}
     notes: list[str] = []
@@ -108,8 +124,9 @@ def slices(
     nodes = {**front, **nodes, **behind}
     refuse_packed(nodes)
     origins = [origin for piece in pieces for origin in piece.origins]
-    config, more = restacked(given.companions.config, target.stack, target.several, origins)
-    return Composed("slices", nodes, replace(given.companions, config=config), tuple(dict.fromkeys([*notes, *more])))
+    config, more = restacked(given.companions.config, target.stack, several, origins)
+    notes = [*_inherited(parts), *notes, *_idle(parts, nodes), *more]
+    return Composed("slices", nodes, replace(given.companions, config=config), tuple(dict.fromkeys(notes)))
 
 
 @dataclass(frozen=True)
@@ -122,9 +139,12 @@ class _Input:
 
     def names(self, count: int) -> Iterator[tuple[str, int, str]]:
         """Go through the tensors of so many layers: name, layer of the slice, name inside the layer."""
+        outside = set(_Target(self.model, self.stack).outside)
         for name in self.model.specs:
             place = self.model.layers.place(name)
-            if place is not None and place.stack == self.stack and 0 <= place.layer - self.first < count:
+            if place is None or place.stack != self.stack or name in outside:
+                continue
+            if 0 <= place.layer - self.first < count:
                 yield name, place.layer - self.first, place.inner
 
 
@@ -135,16 +155,24 @@ class _Target:
     model: Checkpoint
     stack: Stack
 
-    @property
-    def several(self) -> bool:
-        """Tell whether there are other stacks, which stay as they are."""
-        return len(self.model.layers.stacks) > 1
-
-    @property
+    @cached_property
     def outside(self) -> list[str]:
-        """The tensors outside the stack."""
+        """The tensors outside the stack, and those of the first layer that belong to all of them."""
         places = {name: self.model.layers.place(name) for name in self.model.specs}
-        return [name for name, place in places.items() if place is None or place.stack != self.stack]
+        common = set(self.of_all_layers)
+        return [name for name, place in places.items() if place is None or place.stack != self.stack or name in common]
+
+    @cached_property
+    def of_all_layers(self) -> list[str]:
+        """What the first layer has beside all that the others have: T5's table of relative positions."""
+        inner: dict[int, dict[str, str]] = {}
+        for name in self.model.specs:
+            place = self.model.layers.place(name)
+            if place is not None and place.stack == self.stack:
+                inner.setdefault(place.layer, {})[place.inner] = name
+        others = {one for layer, found in inner.items() if layer for one in found}
+        first = inner.get(0, {})
+        return [name for one, name in first.items() if one not in others] if others and others <= first.keys() else []
 
     def named(self, model: Checkpoint, stack: Stack) -> dict[str, str]:
         """Give the tensors of a model outside its stack: the name here → its own."""
@@ -199,7 +227,7 @@ class _Piece:
 def _pieces(parts: Sequence[Slice], word: str | None) -> list[_Piece]:
     """Find the stack and the range of every model of every slice. Raises MergeError with all mistakes."""
     pieces: list[_Piece] = []
-    mistakes = [] if parts else [Mistake("parts", "there are no slices")]
+    mistakes: list[Mistake] = []
     begin = 0
     for number, part in enumerate(parts):
         where = f"parts.{number}"
@@ -243,8 +271,9 @@ def _stack(model: Checkpoint, word: str | None, where: str) -> Stack:
     shown = ", ".join(f"{stack} ({stack.count})" for stack in stacks)
     if word is not None:
         meant = [one for one in stacks if matches(word, one.prefix) or model.layers.find(word) == one]
-        if len(meant) == 1:
-            return meant[0]
+        found = meant[0] if len(meant) == 1 else stack_of(word, model.layers, model.specs)
+        if found is not None:
+            return found
         what = "no stack of layers, or more than one, is called"
         raise MergeError("stack", f"{what} {word!r} in {model.label}", f"there are: {shown}")
     if not stacks:
@@ -273,12 +302,25 @@ def _outside(
             for name in names
         }
         return copies, {}
-    front = [name for name in names if matches(_FRONT, name) and not matches(HEADS, name)]
+    common = target.of_all_layers
+    front = [name for name in names if name in common or (matches(_FRONT, name) and not matches(HEADS, name))]
     behind = [name for name in names if name not in set(front)]
     return (
         pieces[0].outside(parts[0], target, front, notes),
         pieces[-1].outside(parts[-1], target, behind, notes),
     )
+
+
+def _inherited(parts: Sequence[Slice]) -> Iterator[str]:
+    """Go through what is to be known of the models."""
+    for model in (model for part in parts for model in part.inputs.values()):
+        yield from getattr(model, "notes", ())
+
+
+def _idle(parts: Sequence[Slice], nodes: Mapping[str, Step]) -> list[str]:
+    """Note the patterns that fit no tensor, of the result or of any model."""
+    names = {name for part in parts for model in part.inputs.values() for name in model.specs}
+    return unused([part.job for part in parts], names | nodes.keys())
 
 
 def _other_outside(parts: Sequence[Slice], pieces: Sequence[_Piece], target: _Target) -> Iterator[Mistake]:

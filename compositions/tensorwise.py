@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +14,9 @@ from portmanteau.merge.errors import Mistake, nearest, some
 from portmanteau.merge.names import Place, matches
 from portmanteau.merge.node import Inputs, copy_of
 from portmanteau.merge.operator import Setting
-from portmanteau.merge.registry import find, operators
+from portmanteau.merge.registry import exists, find, operators, unknown
 
+from .components import part_of
 from .matching import Met, match
 
 Path = tuple[str | int, ...]
@@ -50,6 +51,7 @@ def tensorwise(
     settings: Mapping[str, Any] | None = None,
     rules: Sequence[Rule] = (),
     unmatched: str = "error",
+    only: str | None = None,
 ) -> Composed:
     """Apply one operator to every tensor of the models.
 
@@ -65,13 +67,15 @@ def tensorwise(
         settings: the operator's settings.
         rules: exceptions by tensor name.
         unmatched: `error`, `keep` or `drop` tensors that not every model has.
+        only: merge one component of the models, such as `text_decoder`, and leave the others out: for `assemble`.
 
     Raises MergeError with all mistakes found: settings, names, shapes.
     """
     mistakes = list(check(operator, list(models), base is not None, settings or {}, rules))
     if mistakes:
         raise MergeError.of(Mistake(_dotted(path), what, hint) for path, what, hint in mistakes)
-    every = {**({base_label(models): base} if base is not None else {}), **models}
+    whole = {**({base_label(models): base} if base is not None else {}), **models}
+    every = whole if only is None else {label: part_of(model, only) for label, model in whole.items()}
     reference = next(iter(every))
     matching = match(every, reference, unmatched)
     job = Job(tuple(models), reference if base is not None else None, operator, settings or {}, tuple(rules))
@@ -80,7 +84,9 @@ def tensorwise(
     depths = {name: place.depth if place else 0.0 for name, place in places.items()}
     nodes = {name: job.step(met, depths[name]) for name, met in matching.tensors.items()}
     refuse_packed(nodes)
-    return Composed(operator, nodes, every[reference].companions, matching.notes)
+    names = {name for model in whole.values() for name in model.specs}
+    notes = (*matching.notes, *unused([job], names | nodes.keys()))
+    return Composed(operator, nodes, every[reference].companions, notes)
 
 
 def refuse_packed(steps: Mapping[str, Step]) -> None:
@@ -95,8 +101,8 @@ def check(
     operator: str, models: Sequence[str], has_base: bool, settings: Mapping[str, Any], rules: Sequence[Rule]
 ) -> Iterator[tuple[Path, str, str]]:
     """Find what is wrong with settings and rules: where (a path of keys), what, and a hint."""
-    if operator not in operators():
-        yield (), f"unknown operator {operator!r}", nearest(operator, operators())
+    if not exists(operator):
+        yield (), f"unknown operator {operator!r}", unknown(operator, operators())
         return
     yield from _check_operator((), find(operator), models, has_base)
     common = list(_check_settings((), find(operator), settings, models, required=True))
@@ -104,8 +110,8 @@ def check(
     for i, rule in enumerate(rules):
         path = ("rules", i)
         name = rule.operator or operator
-        if name not in operators():
-            yield (*path, "operator"), f"unknown operator {name!r}", nearest(name, operators())
+        if not exists(name):
+            yield (*path, "operator"), f"unknown operator {name!r}", unknown(name, operators())
             continue
         for label in rule.models or ():
             if label not in models:
@@ -273,6 +279,22 @@ def at_depth(value: Any, depth: float) -> Any:
         return value[low]
     share = position - low
     return value[low] * (1 - share) + value[low + 1] * share
+
+
+def unused(jobs: Iterable[Job], names: Collection[str]) -> list[str]:
+    """Note the patterns that fit no tensor of these names: of rules, and of choices by name."""
+    patterns = [rule.tensors for job in jobs for rule in job.rules]
+    patterns += [found for job in jobs for value in job.settings.values() for found in _patterns(value)]
+    idle = [one for one in dict.fromkeys(patterns) if not any(matches(one, name) for name in names)]
+    return [f"no tensor is called {pattern}: what is asked for it changes nothing" for pattern in idle]
+
+
+def _patterns(value: Any) -> Iterator[str]:
+    """Go through the patterns of choices, of all models or of each."""
+    if isinstance(value, Mapping):
+        yield from (found for one in value.values() for found in _patterns(one))
+    elif by_name(value):
+        yield from (choice["tensors"] for choice in value if "tensors" in choice)
 
 
 def base_label(models: Mapping[str, Any]) -> str:

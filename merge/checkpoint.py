@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 from .companions import Companions, true_config
 from .errors import CheckpointError, some
@@ -43,6 +43,10 @@ class Checkpoint(ABC):
         Raises KeyError for an unknown name and CheckpointError where the file does not hold what its header promised.
         """
 
+    @abstractmethod
+    def beside(self, companions: Companions) -> Self:
+        """Give the same checkpoint with other companions."""
+
     def __getitem__(self, name: str) -> Tensor:
         """Make one tensor now."""
         return self.read(name)
@@ -79,12 +83,18 @@ class Checkpoint(ABC):
         if self.companions.config is None:
             raise CheckpointError(self.label, "has no config.json, so the kind of model is not known")
         fields = true_config(self.companions.config, self.specs.values())
-        config = transformers.AutoConfig.for_model(**fields)
-        names = fields.get("architectures") or ["AutoModel"]
-        kind = getattr(transformers, names[0], transformers.AutoModel)
+        try:
+            config = transformers.AutoConfig.for_model(**fields)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(self.label, f"its config.json is not that of a known model: {error}") from error
+        listed = fields.get("architectures")
+        named = getattr(transformers, str(listed[0]), None) if isinstance(listed, list) and listed else None
+        kind: Any = transformers.AutoModel  # a config may name any attribute of transformers
+        if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
+            kind = named
         state = {name: self.read(name) for name in self.specs}
         model, report = kind.from_pretrained(
-            None,  # type: ignore[arg-type]  # from a state dict alone
+            None,  # from a state dict alone
             config=config,
             state_dict=state,
             dtype=config.dtype,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -12,15 +13,18 @@ from types import MappingProxyType
 from typing import Any
 
 from .dtypes import is_float, torch_name
-from .errors import CheckpointError
+from .errors import CheckpointError, Mistake
+from .files import places
+from .files.json_file import CONFIG_BYTES, TABLE_BYTES, read_json, read_text
 from .form import MODEL, Form
 from .names import matches
 from .tensor_spec import TensorSpec
 
 CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
 _CARRIED = "|".join(
     (
-        "generation_config.json",
+        GENERATION_CONFIG,
         "tokenizer*|vocab.*|vocab*.json|merges.txt|special_tokens_map.json|added_tokens.json|*.model|*.spm|*.tiktoken",
         "chat_template.*",
         "*processor_config.json|sentence_*_config.json|config_sentence_transformers.json|modules.json|tekken.json|bpe.codes",
@@ -34,7 +38,8 @@ _TOKENIZER = (
 )
 _TEMPLATES = "chat_template.*|additional_chat_templates/*"
 INPUT_EMBEDDINGS = (
-    "*embed_tokens.weight|*word_embeddings.weight|*wte.weight|*embed_in.weight|shared.weight|*tok_embeddings.weight"
+    "*embed_tokens.weight|*word_embeddings.weight|*wte.weight|*embed_in.weight|shared.weight|*.shared.weight"
+    "|*tok_embeddings.weight|backbone.embeddings.weight"
 )
 
 
@@ -58,6 +63,11 @@ class Companions:
     derived: Mapping[str, Callable[[Path], None]] = field(default_factory=dict)
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of the files and texts."""
+        return sum(path.stat().st_size for path in self.files.values()) + sum(map(len, self.texts.values()))
+
+    @property
     def tokenizer_files(self) -> dict[str, Path]:
         """The files that make the tokenizer and its chat template."""
         return {name: path for name, path in self.files.items() if matches(f"{_TOKENIZER}|{_TEMPLATES}", name)}
@@ -66,11 +76,12 @@ class Companions:
     def chat_template(self) -> str | None:
         """The chat template: of a file of its own, or in the tokenizer's config; of several the default one."""
         if "chat_template.jinja" in self.files:
-            return self.files["chat_template.jinja"].read_text(encoding="utf-8").strip()
+            return read_text(self.files["chat_template.jinja"], CONFIG_BYTES).strip()
         path = self.files.get("tokenizer_config.json")
-        found = read_json(path).get("chat_template") if path is not None else None
+        found = read_json(path, TABLE_BYTES).get("chat_template") if path is not None else None
         if isinstance(found, list):
-            found = next((one.get("template") for one in found if one.get("name") == "default"), None)
+            named = [one for one in found if isinstance(one, dict)]
+            found = next((one.get("template") for one in named if one.get("name") == "default"), None)
         return found.strip() if isinstance(found, str) else None
 
     def with_chat_template(self, text: str) -> Companions:
@@ -78,9 +89,21 @@ class Companions:
         files = {name: path for name, path in self.files.items() if not matches("chat_template.*", name)}
         return replace(self, files=files, texts={**self.texts, "chat_template.jinja": text})
 
+    def json(self, name: str) -> dict[str, Any] | None:
+        """Give a JSON file that is written or copied; None where there is none of that name."""
+        if name in self.texts:
+            found: dict[str, Any] = json.loads(self.texts[name])
+            return found
+        return read_json(self.files[name]) if name in self.files else None
+
     def with_tokenizer_of(self, other: Companions) -> Companions:
-        """Take every file but the config from another checkpoint."""
-        return replace(self, files=other.files)
+        """Take every file but the config from another checkpoint, and of the own ones what says how to generate."""
+        own = {name: path for name, path in self.files.items() if name == GENERATION_CONFIG}
+        texts = {name: text for name, text in self.texts.items() if name not in other.files}
+        derived = {name: make for name, make in self.derived.items() if name not in other.files}
+        return replace(
+            self, files={**own, **other.files}, texts={**texts, **other.texts}, derived={**derived, **other.derived}
+        )
 
     def with_texts_of(self, other: Companions) -> Companions:
         """Add what is written for another: what a survey settled."""
@@ -92,11 +115,27 @@ class Companions:
 
 
 def gather(folder: Path) -> Companions:
-    """Find the companions in a checkpoint's folder. Raises CheckpointError for a config that is not JSON."""
+    """Find the companions in a checkpoint's folder.
+
+    Raises CheckpointError for a config that is not JSON, and for links that lead out of the folder.
+    """
     path = folder / CONFIG
-    config = read_json(path) if path.is_file() else None
     found = [path for path in sorted([*folder.glob("*"), *folder.glob("*/*")]) if path.is_file()]
     files = {path.relative_to(folder).as_posix(): path for path in found}
+    mistakes = [places.link_mistake(path, folder) for name, path in files.items() if is_companion(name)]
+    mistakes += [
+        Mistake(str(path), "no text that can be shown", "rename it")
+        for name, path in files.items()
+        if is_companion(name) and not name.isprintable()
+    ]
+    mistakes += [
+        Mistake(str(path), "there is no right to read it", "a result needs it beside its weights")
+        for name, path in files.items()
+        if is_companion(name) and not os.access(path, os.R_OK)
+    ]
+    if any(mistakes):
+        raise CheckpointError.of(filter(None, mistakes))
+    config = read_json(path) if path.is_file() else None
     carried = {name: path for name, path in files.items() if is_companion(name) and name not in _READ}
     return Companions(MappingProxyType(config) if config is not None else None, MappingProxyType(carried))
 
@@ -108,17 +147,6 @@ def is_companion(name: str) -> bool:
     (True, False, False)
     """
     return name in _READ or matches(_CARRIED_FROM_FOLDERS if "/" in name else _CARRIED, name)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises CheckpointError for anything else."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError) as error:
-        raise CheckpointError(str(path), f"not valid JSON ({error})") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(str(path), f"holds a JSON {type(found).__name__}, not an object")
-    return found
 
 
 def true_config(config: Mapping[str, Any], specs: Iterable[TensorSpec]) -> dict[str, Any]:
@@ -135,9 +163,15 @@ def true_config(config: Mapping[str, Any], specs: Iterable[TensorSpec]) -> dict[
         if len(weight) == 1:
             result = {key: _typed(key, value, dtype) for key, value in result.items()}
     rows = {spec.shape[0] for spec in specs if len(spec.shape) == 2 and matches(INPUT_EMBEDDINGS, spec.name)}
-    if len(rows) == 1 and isinstance(result.get("vocab_size"), int):
-        result["vocab_size"] = rows.pop()
-    return result
+    return _with_rows(result, rows.pop()) if len(rows) == 1 else result
+
+
+def _with_rows(config: dict[str, Any], rows: int) -> dict[str, Any]:
+    """Set the size of the vocabulary, where a config has it or the config of its text part."""
+    text = config.get("text_config")
+    if isinstance(text, dict) and isinstance(text.get("vocab_size"), int):
+        config = {**config, "text_config": {**text, "vocab_size": rows}}
+    return {**config, "vocab_size": rows} if isinstance(config.get("vocab_size"), int) else config
 
 
 def _typed(key: str, value: Any, dtype: str) -> Any:
@@ -156,6 +190,8 @@ def write(companions: Companions, folder: Path, specs: Iterable[TensorSpec]) -> 
         (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
         names.append(CONFIG)
     for name, path in companions.files.items():
+        if name in companions.texts or name in companions.derived:
+            continue
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
@@ -171,14 +207,32 @@ def write(companions: Companions, folder: Path, specs: Iterable[TensorSpec]) -> 
 
 
 def vocabulary(companions: Companions) -> dict[str, int] | None:
-    """Give the tokenizer's map from token to id, added tokens included; None where its files do not show it."""
+    """Give the tokenizer's map from token to id, added tokens included; None where its files do not show it.
+
+    Raises CheckpointError for a tokenizer.json of another make.
+    """
     path = companions.files.get("tokenizer.json")
     if path is not None:
-        found = read_json(path)
-        words = found.get("model", {}).get("vocab", {})
-        table = words if isinstance(words, dict) else {str(piece[0]): i for i, piece in enumerate(words)}
-        return {**table, **{token["content"]: token["id"] for token in found.get("added_tokens", ())}}
+        found = read_json(path, TABLE_BYTES)
+        table = {**_words(found.get("model")), **_added(found.get("added_tokens"))}
+        if not all(type(number) is int for number in table.values()):
+            raise CheckpointError(str(path), "its vocabulary is no mapping from tokens to numbers")
+        return table
     path = companions.files.get("vocab.txt")
     if path is not None:
-        return {word: i for i, word in enumerate(path.read_text(encoding="utf-8").splitlines())}
+        return {word: i for i, word in enumerate(read_text(path, TABLE_BYTES).splitlines())}
     return None
+
+
+def _words(model: Any) -> dict[str, int]:
+    """Read the vocabulary of a tokenizer's model: a mapping, or pieces with their scores."""
+    words = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(words, list):
+        return {str(piece[0]): i for i, piece in enumerate(words) if isinstance(piece, list) and piece}
+    return words if isinstance(words, dict) else {}
+
+
+def _added(tokens: Any) -> dict[str, int]:
+    """Read the tokens that were added beside the model's."""
+    listed = tokens if isinstance(tokens, list) else []
+    return {str(one.get("content")): one["id"] for one in listed if isinstance(one, dict) and "id" in one}

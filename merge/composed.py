@@ -66,6 +66,10 @@ class Composed(Checkpoint):
         """Give the same checkpoint with other companions."""
         return type(self)(self.label, self._nodes, companions, self.notes)
 
+    def noted(self, notes: tuple[str, ...]) -> Self:
+        """Give the same checkpoint with more notes."""
+        return type(self)(self.label, self._nodes, self.companions, tuple(dict.fromkeys((*self.notes, *notes))))
+
     def because(self, why: str) -> Self:
         """Stamp the recipe line on those steps that have none yet."""
         nodes = {

@@ -7,6 +7,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self
 
+from .shown import printable, printable_lines
+
+_MOST = 100  # mistakes and words that are shown
+_LONGEST_WORD = 100  # that is compared with others
+
 
 @dataclass(frozen=True, slots=True)
 class Mistake:
@@ -17,9 +22,9 @@ class Mistake:
     hint: str = ""
 
     def __str__(self) -> str:
-        """`where: what` and, on a line of its own, the hint."""
-        text = f"{self.where}: {self.what}" if self.where else self.what
-        return f"{text}\n  hint: {self.hint}" if self.hint else text
+        """`where: what` and, on a line of its own, the hint; what strangers wrote is spelled out, not printed raw."""
+        text = f"{printable(self.where)}: {printable(self.what)}" if self.where else printable(self.what)
+        return f"{text}\n  hint: {printable_lines(self.hint)}" if self.hint else text
 
 
 class PortmanteauError(Exception):
@@ -39,8 +44,10 @@ class PortmanteauError(Exception):
         return error
 
     def __str__(self) -> str:
-        """Every mistake on its own lines."""
-        return "\n".join(str(mistake) for mistake in self.mistakes)
+        """Every mistake on its own lines; of very many the first."""
+        shown = [str(mistake) for mistake in self.mistakes[:_MOST]]
+        left = len(self.mistakes) - _MOST
+        return "\n".join([*shown, *([f"and {left} more mistakes"] if left > 0 else [])])
 
 
 class CheckpointError(PortmanteauError):
@@ -68,8 +75,9 @@ def nearest(word: str, known: Iterable[str]) -> str:
     'known: density, weight'
     """
     words = list(known)
-    close = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(words)}"
+    near = [one for one in words if len(one) <= _LONGEST_WORD][: 10 * _MOST]  # comparing takes time
+    close = difflib.get_close_matches(word[:_LONGEST_WORD], near, n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}?" if close else f"known: {some(words, _MOST)}"
 
 
 def some(names: Iterable[str], most: int = 4) -> str:

@@ -131,7 +131,7 @@ class Evaluation:
         elif self._fits(step.inputs):
             self._kept[step] = [self.gather(step.inputs, span, deltas=step.on_deltas) for span in spans]
         runs = lambda: (partial(self._part, step, span) for span in spans)  # noqa: E731
-        parts = Parts(runs, len(step.inputs.models), step.output.shape)
+        parts = Parts(runs, len(step.inputs.models), step.output.shape, name=step.output.name)
         return call(step.operator.measure, parts, **settings, streams=streams)
 
     def _part(self, step: Step, span: slice) -> tuple[Tensor, ...]:
@@ -187,20 +187,26 @@ def resolved(settings: Mapping[str, Any], session: Session) -> dict[str, Any]:
     return {k: found[v.survey][v.key] if isinstance(v, Finding) else v for k, v in settings.items()}
 
 
-def conduct(survey: Survey, session: Session) -> Any:
-    """Carry out a survey: go through all its tensors, part by part."""
-    groups = {key: together(group, session) for key, group in survey.groups.items()}
+def conduct(survey: Survey, session: Session, advance: Callable[[int], None] = lambda _: None) -> Any:
+    """Carry out a survey: go through all its tensors, part by part. `advance` is told how many bytes each part has."""
+    groups = {key: together(group, session, advance) for key, group in survey.groups.items()}
     return survey.measure(groups, **survey.settings)
 
 
-def together(group: tuple[Inputs, ...], session: Session) -> Parts:
+def together(group: tuple[Inputs, ...], session: Session, advance: Callable[[int], None] = lambda _: None) -> Parts:
     """Give the parts of several tensors, one after the other, as deltas where there is a base."""
+
+    def run(inputs: Inputs, nbytes: int, gather: Callable[..., tuple[Tensor, ...]], span: slice) -> tuple[Tensor, ...]:
+        found = gather(inputs, span, deltas=inputs.base is not None)
+        advance(nbytes * (span.stop - span.start) // max(1, next(iter(inputs)).output.entries))
+        return found
 
     def runs() -> Iterator[Callable[[], tuple[Tensor, ...]]]:
         for inputs in group:
-            gather = partial(Evaluation(session).gather, inputs, deltas=inputs.base is not None)
+            gather = Evaluation(session).gather
+            nbytes = sum(source.spec.nbytes for node in inputs for source in sources(node))
             for span in session.spans(next(iter(inputs)).output.entries):
-                yield partial(gather, span)
+                yield partial(run, inputs, nbytes, gather, span)
 
     entries = sum(next(iter(inputs)).output.entries for inputs in group)
     return Parts(runs, len(group[0].models), (entries,), session.threads)

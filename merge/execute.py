@@ -55,9 +55,28 @@ def surveyed(plan: Plan, limits: Limits, progress: Progress, watch: Watch | None
         progress.begin("survey", sum(survey.nbytes for survey in plan.surveys), len(plan.surveys))
         with one_thread():
             for survey in plan.surveys:
-                found[survey] = conduct(survey, replace(session, found=found, watch=watch))
-                progress.advance(survey.nbytes, 1)
+                told = _Reading(progress, survey.nbytes)
+                found[survey] = conduct(survey, replace(session, found=found, watch=watch), told.advance)
+                told.finish()
     return found
+
+
+class _Reading:
+    """Tells how much of a survey's bytes are read; those that it reads again are not counted again."""
+
+    def __init__(self, progress: Progress, nbytes: int) -> None:
+        self._progress, self._left, self._lock = progress, nbytes, threading.Lock()
+
+    def advance(self, nbytes: int) -> None:
+        """Tell that so many more are read. Called from any thread."""
+        with self._lock:
+            now = min(nbytes, self._left)
+            self._left -= now
+        self._progress.advance(now)
+
+    def finish(self) -> None:
+        """Tell that the survey is done."""
+        self._progress.advance(self._left, 1)
 
 
 def carry_out(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from .checkpoint import Checkpoint
 from .companions import Companions
@@ -30,6 +30,10 @@ class InMemory(Checkpoint):
         self.specs: Mapping[str, TensorSpec] = {
             name: TensorSpec(name, from_torch(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()
         }
+
+    def beside(self, companions: Companions) -> Self:
+        """Give the same checkpoint with other companions."""
+        return type(self)(self.label, self._tensors, companions)
 
     def node(self, name: str) -> Source:
         """Give the tensor."""

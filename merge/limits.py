@@ -80,5 +80,6 @@ def _held(node: Node) -> int:
     if isinstance(node, Step):
         width = (node.output.shape or (1,))[-1]
         own = 2 * width * _gathered_bytes(node.inputs) if node.operator.rows else 0
-        own += node.operator.holds * node.output.entries * (8 if node.inputs.dtype == "F64" else 4)
+        matrices = node.operator.holds + node.operator.holds_each * sum(1 for _ in node.inputs)
+        own += matrices * node.output.entries * (8 if node.inputs.dtype == "F64" else 4)
     return own + sum(map(_held, node.inputs))

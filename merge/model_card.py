@@ -7,6 +7,7 @@ import yaml
 from .form import MODEL, Form
 from .plan import Plan
 from .receipt import choices
+from .shown import code, fenced, markdown
 
 
 def text(plan: Plan, recipe: str | None, form: Form = MODEL) -> str:
@@ -27,15 +28,15 @@ def text(plan: Plan, recipe: str | None, form: Form = MODEL) -> str:
         "",
     ]
     if labels:
-        lines += ["Built by portmanteau, without training, from:", "", *(f"- `{label}`" for label in labels), ""]
+        lines += ["Built by portmanteau, without training, from:", "", *(f"- {code(label)}" for label in labels), ""]
     else:
         lines += ["Written by portmanteau from tensors in memory.", ""]
     lines += ["| operator | models | tensors |", "|---|---|---|"]
     for row in choices(plan):
-        lines.append(f"| {row['operator']} | {', '.join(row['models'])} | {row['tensors']} |")
+        lines.append(f"| {row['operator']} | {', '.join(map(markdown, row['models']))} | {row['tensors']} |")
     if plan.notes:
-        lines += ["", *(f"- {note}" for note in plan.notes)]
+        lines += ["", *(f"- {markdown(note)}" for note in plan.notes)]
     if recipe is not None:
-        lines += ["", "## Recipe", "", "````yaml", recipe.rstrip(), "````"]
+        lines += ["", "## Recipe", "", *fenced(recipe, "yaml")]
     lines += ["", "`portmanteau.json` is the receipt: inputs and outputs by digest, versions, settings.", ""]
     return "\n".join(lines)

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
 
-_LAYER = re.compile(r"(?P<prefix>(?:[^.]+\.)*?[^.\d][^.]*)\.(?P<index>\d+)\.(?P<rest>.+)")
+_MOST_LAYERS = 10_000  # a higher number in a name counts no layers
+_LAYER = re.compile(r"(?P<prefix>(?:[^.]+\.)*?[^.\d][^.]*)\.(?P<index>[0-9]{1,9})\.(?P<rest>.+)")
 _ATTENTION = re.compile(r"attn|attention|self_?att|encdecatt", re.IGNORECASE)
 _NORM = re.compile(r"norm|(^|[._])ln([._\d]|$)", re.IGNORECASE)
 
@@ -85,7 +86,8 @@ def layers_up_to(names: Iterable[str], count: int | None = None) -> Layers:
     highest: dict[str, int] = {}
     for match in found:
         highest[match["prefix"]] = max(highest.get(match["prefix"], 0), int(match["index"]) + 1)
-    counts = {prefix: max(deep, count or 0) for prefix, deep in highest.items()}
+    counts = {prefix: max(deep, count or 0) for prefix, deep in highest.items() if deep <= _MOST_LAYERS}
+    found = [match for match in found if match["prefix"] in counts]
     every = [f"{m['prefix']}.{i}.{m['rest']}" for m in found for i in range(counts[m["prefix"]])]
     return Layers([*every, *(name for name, match in matched.items() if not match)])
 
@@ -142,7 +144,9 @@ def align(names: Iterable[str], reference: Iterable[str]) -> Alignment | None:
     """
     own, wanted = list(names), dict.fromkeys(reference)
     taken = set(own)
-    candidates = [(prefix, "") for prefix in _prefixes(wanted)] + [("", prefix) for prefix in _prefixes(own)]
+    least = len(own) // 2 + 1  # so many names a prefix must bring together
+    candidates = [(prefix, "") for prefix in _prefixes(wanted, least)]
+    candidates += [("", prefix) for prefix in _prefixes(own, least)]
     best: list[Alignment] = []  # more than one: they rename as many, and nothing says which is meant
     for added, removed in candidates:
         renamed = {
@@ -157,10 +161,10 @@ def align(names: Iterable[str], reference: Iterable[str]) -> Alignment | None:
     return best[0] if len(best) == 1 else None
 
 
-def _prefixes(names: Iterable[str]) -> list[str]:
-    """Give the one- and two-part prefixes of the names, the commonest first."""
+def _prefixes(names: Iterable[str], least: int) -> list[str]:
+    """Give the one- and two-part prefixes that so many names have, the commonest first."""
     count: Counter[str] = Counter()
     for name in names:
         parts = name.split(".")
         count.update(".".join(parts[:n]) + "." for n in (1, 2) if len(parts) > n)
-    return [prefix for prefix, _ in count.most_common()]
+    return [prefix for prefix, times in count.most_common() if times >= least]

@@ -54,6 +54,7 @@ class Parts:
         models: how many models there are.
         shape: the tensor's; several tensors, one after the other, count as one of one dimension.
         threads: how many parts `map` may read and work on at once.
+        name: the tensor's, for methods of others that ask for it; empty for several tensors.
 
     """
 
@@ -61,6 +62,7 @@ class Parts:
     models: int
     shape: tuple[int, ...]
     threads: int = 1
+    name: str = ""
 
     @property
     def entries(self) -> int:
@@ -82,6 +84,17 @@ class Parts:
         for part in self:
             yield start, part
             start += part[0][0].numel()
+
+    def gathered(self, model: int) -> Tensor:
+        """Put the parts of one model together, [*shape], and hold no more than it and a part."""
+        import torch
+
+        whole: Tensor | None = None
+        for start, (models, *_) in self.placed():
+            values = models[model].reshape(-1)
+            whole = values.new_empty(self.entries) if whole is None else whole
+            whole[start : start + len(values)] = values
+        return torch.empty(self.shape) if whole is None else whole.view(self.shape)
 
     def map(self, function: Callable[..., T]) -> Iterator[T]:
         """Give function(*part) for every part, in order; it is called on several threads, a few parts ahead."""
@@ -187,17 +200,19 @@ class Operator:
     refuse: Callable[..., str] | None
     rows: bool
     holds: int
-    compiled: Callable[..., Form | None] | None
+    holds_each: int = 0
+    compiled: Callable[..., Form | None] | None = None
+    base_optional: bool = False  # `base` may be left out: only methods of plugins have that
 
     @property
     def needs_base(self) -> bool:
         """Tell whether it works on a base and models."""
-        return "deltas" in self.roles or "base" in self.roles
+        return self.takes_base and "vectors" not in self.roles and not self.base_optional
 
     @property
     def takes_base(self) -> bool:
         """Tell whether a base can be given."""
-        return self.needs_base or "vectors" in self.roles
+        return not {"deltas", "vectors", "base"}.isdisjoint(self.roles)
 
     @property
     def on_deltas(self) -> bool:
@@ -238,6 +253,7 @@ def operator(
     refuse: Callable[..., str] | None = None,
     rows: bool = False,
     holds: int = 0,
+    holds_each: int = 0,
     compiled: Callable[..., Form | None] | None = None,
 ) -> Callable[[F], F]:
     """Register a function as the operator of its name, and hand it back unchanged.
@@ -250,6 +266,7 @@ def operator(
         refuse: function of (count, **settings) that says why they cannot be meant; it is asked while planning.
         rows: whether an entry's result depends on its whole row (the last dimension; all of a vector).
         holds: how many matrices of the tensor's size it holds in memory, where it needs all of it at once.
+        holds_each: how many more it holds for each of its inputs.
         compiled: function of (count, **settings) that says the same to the compiled library; None where it cannot.
 
     """
@@ -259,7 +276,9 @@ def operator(
         kept = frozenset(laws)
         assert kept <= LAWS.keys(), f"unknown laws: {kept - LAWS.keys()}"
         name = function.__name__
-        REGISTRY[name] = Operator(name, function, *found, source, kept, measure, takes, refuse, rows, holds, compiled)
+        REGISTRY[name] = Operator(
+            name, function, *found, source, kept, measure, takes, refuse, rows, holds, holds_each, compiled
+        )
         return function
 
     return register
@@ -300,11 +319,14 @@ def each(value: PerModel[T], count: int) -> tuple[T, ...]:
 
 
 def call(function: Callable[..., T], *arguments: Any, **settings: Any) -> T:
-    """Call a function with those of the settings that it names."""
+    """Call a function with those of the settings that it names; with all if it takes any."""
     named = _parameters(function)
-    return function(*arguments, **{key: value for key, value in settings.items() if key in named})
+    return function(*arguments, **{key: value for key, value in settings.items() if named is None or key in named})
 
 
 @cache
-def _parameters(function: Callable[..., Any]) -> frozenset[str]:
-    return frozenset(inspect.signature(function).parameters)
+def _parameters(function: Callable[..., Any]) -> frozenset[str] | None:
+    """Give the names of a function's parameters; None where it takes any."""
+    found = inspect.signature(function).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in found.values())
+    return None if takes_any else frozenset(found)

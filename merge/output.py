@@ -23,12 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import journal
-from .errors import OutputError
+from .errors import Mistake, OutputError
 from .exclusive import holder, take
 from .files.storage import sync_file, sync_folder
 from .receipt import RECEIPT
 from .units import readable
 
+_LONGEST_NAME = 220  # bytes; 255 with what temporary names add
 _SLACK = 64 << 20  # room for companions and for what the file system keeps for itself
 
 
@@ -87,23 +88,37 @@ class Work:
 
 
 def check_place(out: Path, *, nbytes: int, force: bool, since: str = "") -> None:
-    """Check, before any work, that the result can be written. Raises OutputError where it cannot.
+    """Check, before any work, that the result can be written. Raises OutputError with all that is in its way.
 
     `since` says how what stands there differs from what is asked for.
     """
+    mistakes = place_mistakes(out, nbytes=nbytes, force=force, since=since)
+    if mistakes:
+        raise OutputError.of(mistakes)
+
+
+def place_mistakes(out: Path, *, nbytes: int, force: bool, since: str = "") -> list[Mistake]:
+    """Find everything that would keep a result of so many bytes from being written."""
+    where, found = str(out), []
     if os.path.lexists(out) and not force:  # a broken link is there too
         what = f"exists already{since and f', and is not what is asked for: {since}'}"
-        raise OutputError(str(out), what, "choose another name, or replace it with --force")
-    if os.path.lexists(out) and not _is_ours(out):
+        found.append(Mistake(where, what, "choose another name, or replace it with --force"))
+    elif os.path.lexists(out) and not _is_ours(out):
         hint = "--force replaces only what portmanteau built, or an empty folder; remove this one yourself if it may go"
-        raise OutputError(str(out), "exists, and was not built by portmanteau", hint)
+        found.append(Mistake(where, "exists, and was not built by portmanteau", hint))
+    if not out.name.isprintable() or len(os.fsencode(out.name)) > _LONGEST_NAME:
+        found.append(Mistake(where, "is no name for a folder", "choose a shorter name, of signs that can be shown"))
     home = _existing_parent(out)
-    if not os.access(home, os.W_OK):
-        raise OutputError(str(out), f"no right to write in {home}")
+    if not home.is_dir():
+        return [*found, Mistake(where, f"{home} is a file")]
+    if not os.access(home, os.W_OK | os.X_OK):
+        found.append(Mistake(where, f"no right to write in {home}"))
     free = shutil.disk_usage(home).free + Work.of(out).nbytes
     if free < nbytes + _SLACK:
         hint = "free some space, choose another disk, or a smaller output dtype"
-        raise OutputError(str(out), f"needs {readable(nbytes + _SLACK)}, and {home} has {readable(free)} free", hint)
+        what = f"needs {readable(nbytes + _SLACK)}, and {home} has {readable(free)} free"
+        found.append(Mistake(where, what, hint))
+    return found
 
 
 def check_file(path: Path, *, force: bool) -> None:
@@ -118,16 +133,19 @@ def check_file(path: Path, *, force: bool) -> None:
         raise OutputError(str(path), "no right to write it")
 
 
+def is_result(out: Path) -> bool:
+    """Tell whether a result stands there."""
+    return out.is_dir() and not out.is_symlink() and (out / RECEIPT).is_file()
+
+
 def _is_ours(out: Path) -> bool:
     return out.is_dir() and not out.is_symlink() and ((out / RECEIPT).is_file() or not any(out.iterdir()))
 
 
 def _existing_parent(out: Path) -> Path:
-    """Find the nearest folder above that exists."""
+    """Find the nearest thing above that exists, which should be a folder."""
     parent = out.absolute().parent
-    while not parent.is_dir():
-        if parent.exists():
-            raise OutputError(str(out), f"{parent} is a file")
+    while not os.path.lexists(parent):
         parent = parent.parent
     return parent
 

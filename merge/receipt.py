@@ -14,6 +14,7 @@ from .files.digests import digest, digest_of_file
 from .identity import Identity, package_version
 from .node import Finding, Store, Survey, steps
 from .plan import Plan
+from .shown import json_text
 from .writer import Shard
 
 RECEIPT = "portmanteau.json"
@@ -63,7 +64,7 @@ class Receipt:
         """Write it into a folder; give it with its seal."""
         found = replace(self, seal=_NO_SEAL)
         text = {name: value for name, value in asdict(found).items() if name not in _UNWRITTEN}
-        raw = (json.dumps(text, indent=2, ensure_ascii=False) + "\n").encode()
+        raw = (json_text(text, indent=2) + "\n").encode()
         sealed = replace(self, seal=digest(raw))
         (folder / RECEIPT).write_bytes(_with_seal(raw, _NO_SEAL, sealed.seal))
         return sealed

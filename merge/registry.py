@@ -1,22 +1,51 @@
-"""The operators by name. Importing this finds them all; none of them imports torch before it is called."""
+"""The operators by name. Importing this finds ours; none of them imports torch before it is called."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 from . import operators as _found  # noqa: F401 - importing the package registers its operators
 from .errors import MergeError, nearest
 from .operator import REGISTRY, Operator
+from .plugins.discovery import EXTRA
+from .plugins.mergekit_method import all_registered, installed, registered
 
 
 def operators() -> Mapping[str, Operator]:
-    """Give every operator by name, in alphabetical order; those that a user's program registered too."""
+    """Give every operator by name, in alphabetical order; those that a user's program registered with us too."""
     return MappingProxyType({name: REGISTRY[name] for name in sorted(REGISTRY)})
+
+
+def with_plugins() -> Mapping[str, Operator]:
+    """Give every operator, and those of the plugins that were announced; imports these."""
+    others = all_registered()
+    return {**others, **operators()} if others else operators()
+
+
+def exists(name: str) -> bool:
+    """Tell whether there is an operator of this name. Plugins are imported only where there is none of ours."""
+    return _lookup(name) is not None
 
 
 def find(name: str) -> Operator:
     """Give one operator. Raises MergeError, naming the nearest, for an unknown name."""
-    if name not in REGISTRY:
-        raise MergeError("", f"unknown operator {name!r}", nearest(name, operators()))
-    return REGISTRY[name]
+    found = _lookup(name)
+    if found is None:
+        raise MergeError("", f"unknown operator {name!r}", unknown(name, operators()))
+    return found
+
+
+def unknown(name: str, known: Iterable[str]) -> str:
+    """Say what may have been meant by a name that nothing has: a known one, or an operator of a plugin."""
+    hint = nearest(name, known)
+    if hint.startswith("did you mean"):
+        return hint
+    return f"{hint}; for one of a plugin add --plugin MODULE" + ("" if installed() else f" and {EXTRA}")
+
+
+def _lookup(name: str) -> Operator | None:
+    if name in REGISTRY:
+        return REGISTRY[name]
+    found = registered(name)  # imports plugins, which may have registered with us
+    return REGISTRY.get(name, found)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Self
 
 from .checkpoint import Checkpoint
-from .companions import Companions, gather, read_json
+from .companions import Companions, gather
 from .dtypes import torch_shape
 from .errors import CheckpointError, Mistake, nearest, some
-from .files import hub
+from .files import hub, places
+from .files.json_file import INDEX_BYTES, INDEX_VALUES, read_json
+from .files.remote_file import RemoteFile
 from .files.safetensors_file import SafetensorsFile
 from .files.torch_file import TorchFile
+from .files.weight_file import WeightFile
 from .node import Source
 from .tensor_spec import TensorSpec
 
@@ -23,25 +27,8 @@ _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _WHOLE = ("model.safetensors", "pytorch_model.bin")
 _LEGACY = (".bin", ".pt", ".pth")
 _AGAIN = "download the folder again"
+_MOST_NAMED = 50  # tensors in which an index and its shards differ
 _MIXED = "index and shards come from different saves: download the folder again"
-
-
-class WeightFile(Protocol):
-    """What a checkpoint needs of one file of weights."""
-
-    path: Path
-    metadata: dict[str, str]
-    specs: dict[str, TensorSpec]
-
-    @property
-    def digest(self) -> str:
-        """A digest of what the file says it holds."""
-
-    def read_into(self, name: str, buffer: memoryview, at: int = 0) -> None:
-        """Fill a buffer with stored bytes of one tensor."""
-
-    def read(self, name: str, part: slice) -> Tensor:
-        """Read a flat run of entries."""
 
 
 class StoredCheckpoint(Checkpoint):
@@ -73,9 +60,18 @@ class StoredCheckpoint(Checkpoint):
         self.specs: Mapping[str, TensorSpec] = {name: file.specs[name] for name, file in self._file.items()}
 
     @property
+    def bytes_to_download(self) -> int:
+        """The bytes of those files on the Hub of which only the headers are here."""
+        return sum(file.size for file in self.files if isinstance(file, RemoteFile))
+
+    @property
     def folder(self) -> Path:
         """The folder of its files."""
         return self.files[0].path.parent
+
+    def beside(self, companions: Companions) -> Self:
+        """Give the same checkpoint with other companions."""
+        return type(self)(self.label, self.files, companions, self.revision, self.repository)
 
     def node(self, name: str) -> Source:
         """Give the stored tensor."""
@@ -93,25 +89,34 @@ class StoredCheckpoint(Checkpoint):
         self._file[name].read_into(name, buffer, at)
 
 
-def open(reference: str | Path, *, revision: str | None = None, label: str | None = None) -> StoredCheckpoint:
+def open(
+    reference: str | Path, *, revision: str | None = None, label: str | None = None, weights: bool = True
+) -> StoredCheckpoint:
     """Open a folder, a `.safetensors` or `.bin` file, or a Hub id `ORG/NAME[@REVISION]`, by its headers alone.
+
+    What is on the Hub is downloaded; with `weights=False` only the headers of its `.safetensors` files, to plan with.
 
     Raises CheckpointError where there is nothing, or where what is there is not a whole checkpoint.
     """
-    path = Path(reference).expanduser()
+    path = places.user_path(reference)
     label = label or str(reference)
-    if path.is_dir():
+    kind = places.kind(path)
+    if kind == "folder":
         return StoredCheckpoint(label, _open_folder(path), gather(path), revision)
-    if path.is_file():
+    if kind == "file":
         return StoredCheckpoint(label, [_open_file(path)], gather(path.parent), revision)
     text = str(reference)
+    if kind == "other":
+        raise CheckpointError(text, "is neither a file nor a folder", "devices and pipes are not opened")
     if not hub.is_hub_id(text) or (isinstance(reference, Path) and path.is_absolute()):
-        known = [sibling.name for sibling in path.parent.glob("*")] if path.parent.is_dir() else []
+        known = places.neighbours(path)
         hint = nearest(path.name, known) if known else f"there is no folder {path.parent} either"
         raise CheckpointError(text, "no such file or folder", hint)
     repository, _, tag = text.partition("@")
-    folder = hub.download(repository, revision or tag or None)
-    return StoredCheckpoint(label, _open_folder(folder), gather(folder), folder.name, repository)
+    commit = revision or tag or None
+    found = hub.Glance(hub.download(repository, commit), {}) if weights else hub.glance(repository, commit)
+    files = _open_folder(found.folder, found.missing)
+    return StoredCheckpoint(label, files, gather(found.folder), found.folder.name, repository)
 
 
 def _open_file(path: Path) -> WeightFile:
@@ -124,28 +129,32 @@ def _open_file(path: Path) -> WeightFile:
     )
 
 
-def _open_folder(folder: Path) -> list[WeightFile]:
-    """Choose the weight files of a folder, in the order in which transformers would."""
+def _open_folder(folder: Path, missing: Mapping[str, RemoteFile] = MappingProxyType({})) -> list[WeightFile]:
+    """Choose the weight files of a folder, in the order in which transformers would.
+
+    `missing` are those that would be there if they were downloaded.
+    """
     for whole, index in zip(_WHOLE, _INDEXES, strict=True):
-        has_whole, has_index = (folder / whole).is_file(), (folder / index).is_file()
+        has_whole, has_index = whole in missing or (folder / whole).is_file(), (folder / index).is_file()
         if has_whole and has_index:
             hint = "one of them is left over from an earlier save: remove the one that is not meant"
             raise CheckpointError(str(folder), f"holds both {whole} and {index}", hint)
         if has_index:
-            return _open_shards(folder, index)
+            return _open_shards(folder, index, missing)
         if has_whole:
-            return [_open_file(folder / whole)]
-    return [_open_file(_only_file(folder))]
+            return [missing[whole] if whole in missing else _open_file(places.refuse_link(folder / whole, folder))]
+    if len(missing) == 1:
+        return [*missing.values()]
+    return [_open_file(places.refuse_link(_only_file(folder), folder))]
 
 
 def _only_file(folder: Path) -> Path:
     """Find the one weight file of a folder that names it in a way of its own."""
     if (folder / "adapter_config.json").is_file():
         raise CheckpointError(str(folder), "holds an adapter, not a model", "name the model that it was trained on")
-    found = sorted(folder.glob("*.safetensors"))
-    found = found or sorted(
-        p for p in folder.glob("*") if p.suffix in _LEGACY and not hub.NOT_WEIGHTS.fullmatch(p.name)
-    )
+    files = sorted(path for path in folder.glob("*") if places.kind(path) == "file")
+    found = [path for path in files if path.suffix == ".safetensors"]
+    found = found or [p for p in files if p.suffix in _LEGACY and not hub.NOT_WEIGHTS.fullmatch(p.name)]
     if not found:
         hint = "a checkpoint folder holds model.safetensors, or shards with model.safetensors.index.json"
         raise CheckpointError(str(folder), "holds no weights", hint)
@@ -156,10 +165,10 @@ def _only_file(folder: Path) -> Path:
     return found[0]
 
 
-def _open_shards(folder: Path, index: str) -> list[WeightFile]:
+def _open_shards(folder: Path, index: str, missing: Mapping[str, RemoteFile]) -> list[WeightFile]:
     """Open the shards that an index names. Every shard that is missing or not whole is reported, not only the first."""
-    path = folder / index
-    where_of = read_json(path).get("weight_map")
+    path = places.refuse_link(folder / index, folder)
+    where_of = read_json(path, INDEX_BYTES, INDEX_VALUES).get("weight_map")
     if not isinstance(where_of, dict) or not all(isinstance(name, str) for name in where_of.values()):
         raise CheckpointError(str(path), "has no weight_map from tensor names to files", _AGAIN)
     if not where_of:
@@ -167,14 +176,16 @@ def _open_shards(folder: Path, index: str) -> list[WeightFile]:
     mistakes: list[Mistake] = []
     files: list[WeightFile] = []
     for name in sorted(set(where_of.values())):
-        if Path(name).name != name or "\\" in name or name == "..":
+        if Path(name).name != name or "\\" in name or "\0" in name or name == "..":
             hint = "shards lie beside their index: a checkpoint never reaches into other folders"
             mistakes.append(Mistake(str(path), f"names the file {name!r}, outside its folder", hint))
-        elif not (folder / name).is_file():
+        elif name in missing:
+            files.append(missing[name])
+        elif places.kind(folder / name) != "file":
             mistakes.append(Mistake(str(path), f"names the file {name}, which is missing", _AGAIN))
         else:
             try:
-                files.append(_open_file(folder / name))
+                files.append(_open_file(places.refuse_link(folder / name, folder)))
             except CheckpointError as error:
                 mistakes.extend(error.mistakes)
     if not mistakes:
@@ -188,11 +199,14 @@ def _index_mistakes(path: Path, where_of: dict[str, str], files: list[WeightFile
     """Compare the index with the headers of its shards, in both directions."""
     held = {(name, shard) for file, shard in ((file, file.path.name) for file in files) for name in file.specs}
     named = set(where_of.items())
+    lacking, unnamed = sorted(named - held), sorted(held - named)
     mistakes = [
         Mistake(str(path), f"names tensor {name} in {file}, which does not hold it", _MIXED)
-        for name, file in sorted(named - held)
+        for name, file in lacking[:_MOST_NAMED]
     ]
-    return mistakes + [
+    mistakes += [
         Mistake(str(path), f"does not name tensor {name}, which {file} holds", _MIXED)
-        for name, file in sorted(held - named)
+        for name, file in unnamed[:_MOST_NAMED]
     ]
+    left = len(lacking) + len(unnamed) - len(mistakes)
+    return [*mistakes, *([Mistake(str(path), f"and {left} more tensors do not agree", _MIXED)] if left else [])]

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from .dtypes import byte_size
 
+_LONGEST_NAME = 1000
+
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
@@ -30,3 +32,14 @@ class TensorSpec:
     def nbytes(self) -> int:
         """Bytes on disk."""
         return byte_size(self.dtype, self.entries)
+
+
+def name_mistake(name: str) -> str:
+    r"""Say what is wrong with the name of a tensor; nothing: it can be shown, written and compared.
+
+    >>> name_mistake("model.norm.weight"), name_mistake("a\x1b[2J")
+    ('', 'its name holds control characters')
+    """
+    if len(name) > _LONGEST_NAME:
+        return f"its name has {len(name)} characters"
+    return "" if name.isprintable() else "its name holds control characters"

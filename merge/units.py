@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
+_LONGEST = 40  # signs of a size
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 
 
 def byte_count(text: str | int) -> int:
@@ -13,7 +14,8 @@ def byte_count(text: str | int) -> int:
     >>> byte_count("5GB"), byte_count("1MiB")
     (5000000000, 1048576)
     """
-    match = _SIZE.fullmatch(str(text).strip())
+    written = str(text).strip()
+    match = _SIZE.fullmatch(written) if len(written) <= _LONGEST else None
     if match is None or not float(match[1]):
         raise ValueError(f"{text!r} is no size: write 5GB, 512MiB or a number of bytes")
     power = " kmgt".index(match[2].lower() or " ")

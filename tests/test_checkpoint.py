@@ -261,7 +261,9 @@ def test_an_absurd_header_length_is_named(length: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("header", [[], 3, None, "x", {"x": 3}, {"x": {"dtype": "F32"}}, {"__metadata__": {"a": 1}}])
 def test_a_header_of_another_kind_is_refused(header: object, tmp_path: Path) -> None:
     path = with_header(tmp_path / "x.safetensors", header)
-    assert f"{path}: not a whole safetensors file" in refusal(path)
+    message = refusal(path)
+    assert message.startswith(f"{path}: ")
+    assert "not a whole safetensors file" in message
 
 
 def test_an_unknown_dtype_is_refused(tmp_path: Path) -> None:

@@ -110,6 +110,26 @@ def test_the_vocabulary_size_is_the_number_of_embedding_rows(save_llama: SaveLla
     assert merge.open(tmp_path / "out").to_model().get_input_embeddings().weight.shape == (48, 16)
 
 
+def test_the_vocabulary_size_of_a_text_part_is_true_too(save_tensors: SaveTensors, tmp_path: Path) -> None:
+    folder = save_tensors("in", {"language_model.model.embed_tokens.weight": torch.ones(6, 2)})
+    parts = {"text_config": {"vocab_size": 4}, "vision_config": {"vocab_size": 9}}
+    add(folder, {"config.json": json.dumps(parts)})
+    merge.build(merge.open(folder), tmp_path / "out")
+    found = written_config(tmp_path / "out")
+    assert (found["text_config"]["vocab_size"], found["vision_config"]["vocab_size"]) == (6, 9)
+
+
+def test_a_donor_without_a_generation_config_leaves_the_own_one(save_tensors: SaveTensors) -> None:
+    one, other = (save_tensors(name, {"x": torch.ones(1)}) for name in "ab")
+    add(one, {"generation_config.json": '{"a": 1}', "tokenizer.json": "{}"})
+    add(other, {"tokenizer.json": "{}"})
+    found = merge.open(one).companions.with_tokenizer_of(merge.open(other).companions)
+    assert {name: path.parent.name for name, path in found.files.items()} == {
+        "generation_config.json": "a",
+        "tokenizer.json": "b",
+    }
+
+
 def test_the_tokenizer_of_a_named_donor_is_taken_with_its_template(save_tensors: SaveTensors) -> None:
     one, other = (save_tensors(name, {"x": torch.ones(1)}) for name in "ab")
     add(one, {"config.json": "{}", "tokenizer.json": '{"a": 1}', "chat_template.jinja": "one"})

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from portmanteau import merge
+from portmanteau import compositions, merge
 from portmanteau.compositions import tensorwise
 from portmanteau.merge import Checkpoint, Composed, MergeError, OutputError, Progress, Step, TensorSpec
 from portmanteau.merge.adapters.decomposition import Factors, OfMatrix, factors
@@ -318,6 +318,36 @@ def test_progress_counts_every_byte_and_tensor(three: dict[str, Path], tmp_path:
     merge.build(merged, tmp_path / "out", progress=Counting())
     assert begun == [("merge", merged.nbytes, len(merged))]
     assert counted == [merged.nbytes, len(merged)]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_survey_tells_what_it_has_read_while_it_reads(
+    save_tensors: SaveTensors, tmp_path: Path, threads: int
+) -> None:
+    shapes = {"x": (700, 900), "y": (500, 800), "z": ()}
+    for seed, label in enumerate(("base", "tuned")):
+        torch.manual_seed(seed)
+        save_tensors(label, {name: torch.randn(shape) for name, shape in shapes.items()})
+    lock, told = threading.Lock(), list[tuple[str, int, int]]()
+
+    class Telling(Progress):
+        def begin(self, title: str, nbytes: int, tensors: int) -> None:
+            told.append((title, nbytes, tensors))
+
+        def advance(self, nbytes: int, tensors: int = 0) -> None:
+            with lock:
+                told.append((told[-1][0], nbytes, tensors))
+
+    base, tuned = (merge.open(tmp_path / label) for label in ("base", "tuned"))
+    taken = compositions.extract_sparse(base=base, tuned=tuned, count=1000)  # its survey goes through several times
+    merge.build(taken, tmp_path / "out", threads=threads, memory=20 << 20, progress=Telling())
+    title, nbytes, surveys = told[0]
+    steps = [(read, done) for name, read, done in told[1:] if name == title]
+    steps = steps[: 1 + next(i for i, (_, done) in enumerate(steps) if done)]
+    assert (title, nbytes, surveys) == ("survey", base.nbytes + tuned.nbytes, 1)
+    assert sum(read for read, _ in steps) == nbytes
+    assert all(0 <= read < nbytes / 3 for read, _ in steps)
+    assert [done for _, done in steps] == [0] * (len(steps) - 1) + [1]
 
 
 def test_an_input_cut_short_under_way_is_named_and_nothing_is_left(save_tensors: SaveTensors, tmp_path: Path) -> None:

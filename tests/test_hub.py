@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save
 
 MAIN, OLD = "a" * 40, "b" * 40  # commits
@@ -87,6 +89,15 @@ REPOSITORIES: dict[str, dict[str, Files]] = {
             "pytorch_model.bin": b"huge",
         }
     },
+    "org/long": {MAIN: {**COMPANIONS, "model.safetensors": weights(**{f"{'x' * 90}.{i}": i for i in range(900)})}},
+    "org/no-ranges": {MAIN: {**COMPANIONS, "model.safetensors": weights(x=4)}},
+    "org/cut": {
+        MAIN: {
+            "model.safetensors.index.json": index(x="one.safetensors", y="two.safetensors"),
+            "one.safetensors": weights(x=1)[:-1],
+            "two.safetensors": weights(y=1)[:-2],
+        }
+    },
     "org/empty": {MAIN: {"README.md": b"# nothing"}},
 }
 REFERENCES = {"main": MAIN, "old": OLD}  # branches and tags
@@ -99,17 +110,27 @@ class Hub:
     endpoint: str
     home: Path
     requests: list[str] = field(default_factory=list)
+    ranges: list[str] = field(default_factory=list)
 
     @property
     def downloaded(self) -> set[str]:
         """The files whose content was asked for."""
         found = [request.removeprefix("GET ") for request in self.requests if request.startswith("GET /org/")]
-        return {path.split("/resolve/")[1].partition("/")[2] for path in found}
+        files = [path.split("/resolve/")[1].partition("/")[2] for path in found]
+        for ranged in (request.partition(" ")[0] for request in self.ranges):
+            files.remove(ranged)
+        return set(files)
 
     def open(
         self, reference: str, *, revision: str | None = None, client: str = "", **environment: str
     ) -> dict[str, Any]:
         """Open a reference in a process of its own, as a user would: huggingface_hub reads its settings once."""
+        run = [sys.executable, "-W", "error", "-c", client or CLIENT, reference, *([revision] if revision else [])]
+        found: dict[str, Any] = json.loads(self.run(run, **environment))
+        return found
+
+    def run(self, command: list[str], *, status: int = 0, **environment: str) -> str:
+        """Run a command against this Hub; give its stdout, or the stderr of one that is to fail."""
         kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()}
         settings = {
             "HF_ENDPOINT": self.endpoint,
@@ -118,13 +139,11 @@ class Hub:
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         }
-        run = [sys.executable, "-W", "error", "-c", client or CLIENT, reference, *([revision] if revision else [])]
         done = subprocess.run(
-            run, env={**kept, **settings, **environment}, capture_output=True, text=True, timeout=60, check=False
+            command, env={**kept, **settings, **environment}, capture_output=True, text=True, timeout=60, check=False
         )
-        assert done.returncode == 0, done.stderr
-        found: dict[str, Any] = json.loads(done.stdout)
-        return found
+        assert done.returncode == status, done.stderr
+        return done.stderr if status else done.stdout
 
 
 CLIENT = """
@@ -208,7 +227,14 @@ class Handler(BaseHTTPRequestHandler):
         content = files.get("/".join(parts[4:]))
         if content is None:
             return self._send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
-        return self._send(200, content, {"ETag": f'"{_oid(content)}"', "X-Repo-Commit": commit})
+        about = {"ETag": f'"{_oid(content)}"', "X-Repo-Commit": commit}
+        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if asked is None or "org/no-ranges" in path:
+            return self._send(200, content, about)
+        part = content[int(asked[1]) : int(asked[2]) + 1]
+        self.server.hub.ranges.append(f"{path.rpartition('/')[2]} {asked[0]}")  # type: ignore[attr-defined]
+        about["Content-Range"] = f"bytes {asked[1]}-{int(asked[1]) + len(part) - 1}/{len(content)}"
+        return self._send(206, part, about)
 
     def _send(self, status: int, content: bytes, headers: Mapping[str, str]) -> None:
         self.send_response(status)
@@ -324,3 +350,137 @@ def test_of_a_bottleneck_adapter_the_head_is_downloaded_too(hub: Hub) -> None:
     assert found == about | {"tensors": 16, "head": head}
     assert hub.downloaded == {"adapter_config.json", "pytorch_adapter.bin", *head}
     assert hub.open("org/bottleneck@main", client=BOTTLENECK_CLIENT, HF_HUB_OFFLINE="1") == found
+
+
+GLANCE = """
+import json, sys
+from portmanteau import merge
+try:
+    found = merge.open(sys.argv[1], weights=False)
+    try:
+        found.read_into(next(iter(found)), memoryview(bytearray(4)))
+        read = "read"
+    except merge.CheckpointError as error:
+        read = str(error)
+    shapes = {name: [spec.dtype, *spec.shape] for name, spec in found.specs.items()}
+    beside = found.companions
+    about = {"revision": found.revision, "companions": sorted(beside.files), "config": beside.config}
+    print(json.dumps({"specs": shapes, "read": read, "bytes": found.bytes_to_download, **about}, default=dict))
+except merge.CheckpointError as error:
+    print(json.dumps({"error": str(error)}))
+"""
+
+
+def test_headers_alone_are_fetched_by_range_and_tell_all_that_a_plan_needs(hub: Hub) -> None:
+    found = hub.open("org/shards", client=GLANCE)
+    assert found["specs"] == {"x": ["F32", 1], "y": ["F32", 1]}
+    assert found["config"] == {"model_type": "llama"}
+    assert found["companions"] == sorted(set(COMPANIONS) - {"config.json"})
+    assert found["revision"] == MAIN
+    assert found["bytes"] == len(weights(x=1)) + len(weights(y=2))
+    assert "x: is on the Hub: only the header was read" in found["read"]
+    assert hub.downloaded == {"model.safetensors.index.json", *COMPANIONS}
+    assert sorted(hub.ranges) == [
+        f"{n} bytes=0-99999" for n in ("model-00001-of-00002.safetensors", "rest.safetensors")
+    ]
+
+
+def test_a_header_longer_than_the_first_range_takes_a_second_one(hub: Hub) -> None:
+    raw = REPOSITORIES["org/long"][MAIN]["model.safetensors"]
+    length = int.from_bytes(raw[:8], "little")
+    assert length > 100_000
+    assert len(hub.open("org/long", client=GLANCE)["specs"]) == 900
+    assert hub.ranges == ["model.safetensors bytes=0-99999", f"model.safetensors bytes=100000-{length + 7}"]
+
+
+def test_a_server_without_ranges_is_cut_short_and_serves(hub: Hub) -> None:
+    found = hub.open("org/no-ranges", client=GLANCE)
+    assert (found["specs"], found["bytes"]) == ({"x": ["F32", 1]}, len(weights(x=4)))
+
+
+def test_what_is_cached_is_opened_from_the_cache(hub: Hub) -> None:
+    hub.open("org/shards")
+    hub.requests.clear()
+    found = hub.open("org/shards", client=GLANCE)
+    assert (found["read"], found["bytes"], hub.ranges) == ("read", 0, [])
+    assert hub.downloaded == set()
+    assert hub.open("org/shards", client=GLANCE, HF_HUB_OFFLINE="1") == found
+
+
+def test_every_shard_on_the_hub_whose_size_its_header_contradicts_is_named(hub: Hub) -> None:
+    message = hub.open("org/cut", client=GLANCE)["error"]
+    assert "org/cut/one.safetensors: not a whole safetensors file (4 bytes of data promised, 3 are there)" in message
+    assert "org/cut/two.safetensors: not a whole safetensors file (4 bytes of data promised, 2 are there)" in message
+
+
+def command(*arguments: str | Path) -> list[str]:
+    code = "import sys; from portmanteau.cli import main; sys.argv[0] = 'portmanteau'; main()"
+    return [sys.executable, "-W", "error", "-c", code, *map(str, arguments)]
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """Write a recipe over two models of the Hub."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text("merge: {linear: {models: [org/versions, org/versions@old]}}\n")
+    return path
+
+
+def test_check_and_plan_of_hub_models_download_no_weights_and_build_does(
+    hub: Hub, recipe: Path, tmp_path: Path
+) -> None:
+    size = len(weights(x=1)) + len(weights(x=2))
+    found = json.loads(hub.run(command("check", recipe, tmp_path / "out", "--json")))
+    assert found == {"tensors": 1, "bytes": 4, "bytes_to_download": size, "notes": []}
+    assert f"downloads {size} B first" in hub.run(command("plan", recipe))
+    assert hub.downloaded == set()
+    assert "1 tensors, 1 entries" in hub.run(command("inspect", "org/versions"))
+    assert hub.downloaded == set()
+    hub.run(command("build", recipe, tmp_path / "out"))
+    assert hub.downloaded == {"model.safetensors"}
+    with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as made:
+        assert made.get_tensor("x").tolist() == [1.5]
+
+
+def test_what_is_wrong_with_hub_models_is_said_before_anything_is_downloaded(hub: Hub, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("merge: {linear: {models: [org/cut, org/nothing, org/versions]}}\n")
+    (tmp_path / "out").mkdir()
+    message = hub.run(command("build", path, tmp_path / "out"), status=1)
+    for part in ("one.safetensors: not a whole", "two.safetensors: not a whole", "no such model", "exists already"):
+        assert part in message
+    assert "one.safetensors" not in hub.downloaded
+
+
+def test_of_an_adapter_on_the_hub_only_the_header_is_fetched_to_plan(
+    hub: Hub, save_tensors: Any, tmp_path: Path
+) -> None:
+    save_tensors("base", {"q.weight": torch.ones(1, 1)})
+    path = tmp_path / "recipe.yaml"
+    path.write_text("merge: {lora: {base: base, adapters: [org/lora]}}\n")
+    message = hub.run(command("check", path), status=1)  # its factors are vectors here: what matters is what was asked
+    assert "shape" in message or "lora" in message
+    assert hub.downloaded == {"adapter_config.json", "tokenizer.json"}
+
+
+def test_nothing_is_asked_of_a_network_where_no_reference_names_the_hub(
+    hub: Hub, save_tensors: Any, tmp_path: Path
+) -> None:
+    for name in ("a", "b"):
+        save_tensors(name, {"x": torch.ones(2)})
+    path = tmp_path / "recipe.yaml"
+    path.write_text("merge: {linear: {models: [a, ./b]}}\n")
+    blocked = "import socket\ndef refuse(*_): raise AssertionError('a connection')\nsocket.socket.connect = refuse\n"
+    for words in (["check", path], ["build", path, tmp_path / "out"], ["inspect", tmp_path / "a"]):
+        run = command(*words)
+        run[run.index("-c") + 1] = blocked + run[run.index("-c") + 1]
+        hub.run(run)
+    assert hub.requests == []
+
+
+def test_the_cache_must_have_room_for_what_is_to_be_downloaded(hub: Hub, recipe: Path) -> None:
+    run = command("check", recipe)
+    full = "import shutil, types\nshutil.disk_usage = lambda _: types.SimpleNamespace(free=10)\n"
+    run[run.index("-c") + 1] = full + run[run.index("-c") + 1]
+    size = len(weights(x=1)) + len(weights(x=2))
+    assert f"the Hub's cache needs {size} B more, and has 10 B free" in hub.run(run, status=1)

@@ -30,26 +30,30 @@ SET_UP = (
     'pip install -c constraints.txt ".[test]" && pytest',
 )
 LAYERS = (  # a file imports only from layers above its own
-    ("merge.files", "merge.adapters", "merge.sparse", "merge.compiled"),  # packages that only say what they are
-    ("compositions.mergekit", "compositions.recipe"),
-    ("merge.compiled.build_hook", "merge.compiled.library", "merge.exclusive", "merge.progress"),
+    ("merge.files", "merge.adapters", "merge.sparse", "merge.compiled", "merge.plugins"),  # they only say what they are
+    ("compositions.mergekit", "compositions.recipe", "compositions.vocabulary"),
+    ("merge.compiled.build_hook", "merge.compiled.library", "merge.shown", "merge.exclusive", "merge.progress"),
     ("merge.errors", "merge.form", "merge.names", "merge.kernels", "merge.files.storage", "merge.units"),
     ("merge.files.digests", "merge.journal"),
-    ("merge.dtypes", "merge.operator", "merge.adapters.bottleneck_config"),
-    ("merge.tensor_spec", "merge.sparse.pytorch_diff", "merge.surveys", "merge.changes", "merge.inner_products"),
+    ("merge.dtypes", "merge.operator", "merge.adapters.bottleneck_config", "merge.adapters.module_pattern"),
+    ("merge.files.json_file", "merge.files.places", "merge.files.pickled"),
+    ("merge.tensor_spec", "merge.files.torch_values", "merge.surveys", "merge.changes", "merge.inner_products"),
     ("merge.thinning", "merge.compiled.measures", "merge.describe.tensors"),
-    ("merge.compiled.forms",),
+    ("merge.files.safetensors_header", "merge.files.torch_archive", "merge.files.weight_file"),
+    ("merge.compiled.forms", "merge.files.remote_file"),
     ("merge.operators.linear",),
     ("merge.companions", "merge.files.safetensors_file", "merge.files.torch_file", "merge.writer", "merge.operators.*"),
-    ("merge.operators", "merge.files.hub"),
-    ("merge.registry", "merge.adapters.folder"),
+    ("merge.operators", "merge.files.hub", "merge.plugins.discovery", "merge.plugins.kernel"),
+    ("merge.plugins.mergekit_method", "merge.sparse.pytorch_diff"),
+    ("merge.registry",),
     ("merge.node",),
     ("merge.non_finite",),
     ("merge.checkpoint", "merge.evaluate"),
     ("merge.compiled.making", "merge.byte_copies"),
     ("merge.stored", "merge.composed", "merge.in_memory", "merge.sparse.selection"),
+    ("merge.adapters.folder",),
     ("merge.adapters.adapter", "merge.adapters.bottleneck", "merge.surveyed"),
-    ("merge.sparse.fingerprint", "merge.sparse.entries", "merge.sparse.file"),
+    ("merge.sparse.fingerprint", "merge.sparse.entries", "merge.sparse.file", "merge.rows"),
     ("merge.plan",),
     ("merge.adapters.low_rank", "merge.adapters.decomposition"),
     ("merge.identity", "merge.limits"),
@@ -59,18 +63,40 @@ LAYERS = (  # a file imports only from layers above its own
     ("merge.execute",),
     ("merge.building", "merge.remade"),
     ("merge",),
-    ("compositions.composition", "compositions.recipe.lines", "compositions.mergekit.methods"),
+    (
+        "compositions.composition",
+        "compositions.components",
+        "compositions.recipe.lines",
+        "compositions.mergekit.methods",
+    ),
     ("compositions.recipe.lined", "compositions.recipe.reference", "compositions.restacked_config"),
-    ("compositions.matching", "compositions.mergekit.parameters", "compositions.same_model", "compositions.zones"),
+    (
+        "compositions.matching",
+        "compositions.mergekit.parameters",
+        "compositions.mergekit.plugin_methods",
+        "compositions.same_model",
+        "compositions.zones",
+    ),
     ("compositions.automatic_layers", "compositions.changes", "compositions.sparse_fine_tune"),
     ("compositions.training.masks", "compositions.training.sparse_result", "compositions.training.freezing"),
     ("compositions.training.*",),
     ("compositions.training",),
     ("compositions.lora_folder", "compositions.mergekit.references", "compositions.tensorwise"),
-    ("compositions.combine_lora", "compositions.mergekit.merge", "compositions.recipe.operator_body"),
+    ("compositions.vocabulary.words", "compositions.vocabulary.tables", "compositions.vocabulary.*_*"),
+    ("compositions.vocabulary.target",),
+    ("compositions.vocabulary.row_maps",),
+    ("compositions.vocabulary.shared",),
+    (
+        "compositions.combine_lora",
+        "compositions.mergekit.merge",
+        "compositions.mergekit.tokenizer",
+        "compositions.recipe.operator_body",
+        "compositions.recipe.tokenizer",
+    ),
     ("compositions.*",),
     ("compositions.recipe.reading", "compositions.reference_page"),
     ("compositions.compose",),
+    ("compositions.preflight",),
     ("compositions.greedy_soup", "compositions.lock_file", "compositions.rebuilt"),
     ("compositions",),
     ("cli",),
@@ -231,11 +257,14 @@ def test_compositions_has_exactly_these_public_names() -> None:
         "Ends",
         "Exponential",
         "Overlap",
+        "Preflight",
         "Recipe",
+        "RowOf",
         "Rule",
         "Slice",
         "Soup",
         "Term",
+        "TokenRule",
         "Try",
         "Zone",
         "accumulative_averages",
@@ -245,6 +274,7 @@ def test_compositions_has_exactly_these_public_names() -> None:
         "changes",
         "compose",
         "composition",
+        "emr_task",
         "extract_lora",
         "extract_sparse",
         "fisher",
@@ -254,6 +284,7 @@ def test_compositions_has_exactly_these_public_names() -> None:
         "lora",
         "measured_by",
         "overlaps",
+        "preflight",
         "rebuilt",
         "revert_sparse",
         "slices",
@@ -262,6 +293,7 @@ def test_compositions_has_exactly_these_public_names() -> None:
         "swap_lora",
         "tensorwise",
         "training",
+        "with_vocabulary",
     ]
     assert all(hasattr(compositions, name) for name in compositions.__all__)
 
@@ -391,6 +423,20 @@ def test_the_sdist_makes_the_same_wheel(built: Path, tmp_path: Path) -> None:
     (unpacked,) = tmp_path.iterdir()
     run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path / "again"], unpacked)
     assert (tmp_path / "again" / wheel.name).read_bytes() == wheel.read_bytes()
+
+
+@pytest.mark.wheel
+def test_without_a_compiler_the_wheel_is_one_for_any_machine(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (unpacked,) = tmp_path.iterdir()
+    monkeypatch.setenv("CC", "false")
+    run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path / "pure"], unpacked)
+    (wheel,) = (tmp_path / "pure").iterdir()
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert not [name for name in contents(wheel) if name.endswith("kernels.native")]
 
 
 @pytest.mark.wheel

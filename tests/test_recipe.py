@@ -136,11 +136,11 @@ def test_choices_that_cannot_be_read_are_refused(write: Write, value: str, found
     assert any(one.startswith(found) for one in mistakes(path))
 
 
-def test_a_tokenizer_of_another_vocabulary_is_refused(write: Write, tmp_path: Path) -> None:
+def test_another_vocabulary_is_refused_for_models_without_an_embedding(write: Write, tmp_path: Path) -> None:
     for name, words in (("a", {"x": 0, "y": 1}), ("b", {"x": 1, "y": 0})):
         (tmp_path / name / "tokenizer.json").write_text(json.dumps({"model": {"vocab": words}}))
     path = write("merge: {linear: {models: [a]}}\noutput: {tokenizer: b}")
-    assert mistakes(path) == ["2: b and the result give other ids to 2 tokens: 'x', 'y'"]
+    assert mistakes(path) == ["2: a has another vocabulary, and no embedding is found in it"]
 
 
 def test_a_chat_template_is_a_text_or_the_commonest(write: Write, tmp_path: Path) -> None:
@@ -150,7 +150,8 @@ def test_a_chat_template_is_a_text_or_the_commonest(write: Write, tmp_path: Path
     for number, (given, expected) in enumerate((("auto", "{{ 2 }}"), ("'{{ 3 }}'", "{{ 3 }}"))):
         merge.build(composed(write(text % given)), tmp_path / f"out{number}")
         assert (tmp_path / f"out{number}" / "chat_template.jinja").read_text() == expected
-    assert mistakes(write(text % "chatml")) == ["2: chat_template is 'chatml': neither auto nor a Jinja template"]
+    found = "2: chat_template is 'chat_ml': no Jinja template and no known name; did you mean 'chatml'?"
+    assert mistakes(write(text % "chat_ml")) == [found]
 
 
 def test_a_list_alone_is_what_the_first_key_says(write: Write) -> None:
@@ -161,8 +162,13 @@ def test_a_model_is_assembled_from_parts_by_name(write: Write) -> None:
     merged = composed(write('merge: {assemble: {parts: {"*norm*": a, "*": b}}}'))
     assert (by_layer(merged), by_layer(merged, "input_norm.weight")) == ([3.0] * 4, [1.0] * 4)
     assert mistakes(write('merge: {assemble: {parts: {"*norm*": a, "*x*": b, "*.layers.*": b}}}')) == [
-        "1: assemble: no pattern fits lm_head.weight",
-        "1: assemble: '*x*' fits no tensor of b",
+        "1: assemble: no tensor belongs to '*x*'",
+        "1: assemble: no part takes lm_head.weight",
+    ]
+    by_component = composed(write("merge: {assemble: {parts: {layers: b, default: a}}}"))
+    assert by_layer(by_component) == [3.0] * 4
+    assert mistakes(write("merge: {assemble: {parts: {default: a, layers: b}}}")) == [
+        "1: assemble: parts before it take all that belongs to 'layers'"
     ]
 
 
@@ -293,7 +299,8 @@ def test_the_output_section_is_read(write: Write) -> None:
         output: {dtype: fp16, shard_size: 1.5 MB, tokenizer: b}
     """)
     output = load(path).output
-    assert (output.dtype, output.shard_size, output.tokenizer and output.tokenizer.path) == ("F16", 1_500_000, "b")
+    assert output.tokenizer is not None
+    assert (output.dtype, output.shard_size, output.tokenizer.source.path) == ("F16", 1_500_000, "b")
 
 
 def test_companions_come_from_the_named_donor(write: Write, tmp_path: Path) -> None:

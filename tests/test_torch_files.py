@@ -6,6 +6,8 @@ import io
 import json
 import os
 import pickle
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -203,3 +205,16 @@ def test_a_damaged_file_is_a_checkpoint_error_or_opens(zipped: bool, tmp_path: P
         assert str(path) in message
     else:
         assert all(opened[name].shape == spec.shape for name, spec in opened.specs.items())
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_opening_planning_and_copying_do_not_import_torch(zipped: bool, tmp_path: Path) -> None:
+    torch.save({"x": torch.ones(2, 3).t()}, tmp_path / "x.bin", _use_new_zipfile_serialization=zipped)
+    code = (
+        "import sys\nfrom portmanteau import merge\n"
+        "opened = merge.open('x.bin')\nmerge.make_plan(opened)\nmerge.build(opened, 'out')\n"
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+    assert load_file(tmp_path / "out" / "model.safetensors")["x"].tolist() == [[1.0, 1.0]] * 3

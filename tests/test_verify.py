@@ -202,7 +202,8 @@ def test_the_hub_is_locked_to_a_revision_and_read_at_it(
 ) -> None:
     """A double of the cache: `main` moves on, the locked revision is asked for by its hash."""
     sha, asked = "5" * 40, list[str | None]()
-    snapshot, blob = tmp_path / "hub" / "snapshots" / sha, tmp_path / "hub" / "blobs" / ("e" * 64)
+    cache = tmp_path / "models--org--model"
+    snapshot, blob = cache / "snapshots" / sha, cache / "blobs" / ("e" * 64)
     snapshot.mkdir(parents=True)
     blob.parent.mkdir()
     shutil.copyfile(tmp_path / "a" / "model.safetensors", blob)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from portmanteau.merge.errors import Mistake, nearest
+from portmanteau.merge import PortmanteauError
+from portmanteau.merge.dtypes import parse
+from portmanteau.merge.errors import Mistake
 
 from ..recipe.lined import Lined, document_of
 from ..recipe.lines import Document, KeyPath
-from .merge import LATER, Merge
+from .merge import Merge
 from .references import References
+from .tokenizer import Tokenizer
 
 
 def is_mergekit(document: Document) -> bool:
@@ -27,7 +31,9 @@ def translated(document: Document) -> tuple[Document | None, list[Mistake]]:
     """
     reader = _Reader(document)
     value = reader.recipe()
-    return None if reader.broken else document_of(value, document), reader.mistakes
+    if reader.broken:
+        return None, reader.mistakes
+    return replace(document_of(value, document), notes=tuple(reader.notes)), reader.mistakes
 
 
 class _Reader:
@@ -35,6 +41,7 @@ class _Reader:
 
     def __init__(self, document: Document) -> None:
         self.mistakes: list[Mistake] = []
+        self.notes: list[str] = []
         self.broken = False
         self._document = document
         values = document.value if document.bundle else [document.value]
@@ -48,6 +55,10 @@ class _Reader:
         self.mistakes.append(Mistake(self._document.where(path), what, hint))
         self.broken |= broken
 
+    def note(self, path: KeyPath, what: str) -> None:
+        """Note what a user should know, and need not change."""
+        self.notes.append(f"line {self._document.line(path)}: {what}")
+
     def recipe(self) -> dict[str, Any]:
         """Write the recipe."""
         steps: dict[str, Any] = {}
@@ -58,7 +69,8 @@ class _Reader:
                 self.wrong(path, "is no mergekit document: a mapping with the key `merge_method`", broken=True)
                 continue
             name = value.get("name") if self._document.bundle else None
-            merged = Merge(value, path, self._references, self.wrong, "" if name is None else f"{name}-").result(steps)
+            prefix = "" if name is None else f"{name}-"
+            merged = Merge(value, path, self._references, self.wrong, self.note, prefix).result(steps)
             if name is None:
                 results.append((merged, (*path, "merge_method")))
                 output = self._output(value, path)
@@ -67,6 +79,7 @@ class _Reader:
             else:
                 steps[name] = Lined(merged, (*path, "merge_method"))
                 self._refuse_output(value, path)
+                self._note_dtypes(value, path, name)
         if len(results) != 1:
             what = "no document is without `name:`" if not results else "several documents are without `name:`"
             self.wrong(results[1][1] if results else (), what, "the one without it is the result", broken=True)
@@ -80,51 +93,31 @@ class _Reader:
         key = "out_dtype" if value.get("out_dtype") is not None else "dtype"
         if value.get(key) is not None:
             output["dtype"] = Lined(value[key], (*path, key))
-        tokenizer = self._tokenizer(value, path)
+        tokenizer = Tokenizer(value, path, self._references, self.wrong).result()
         if tokenizer is not None:
             output["tokenizer"] = tokenizer
-        template = value.get("chat_template")
-        if isinstance(template, str) and (template == "auto" or "{" in template):
-            output["chat_template"] = Lined(template, (*path, "chat_template"))
-        elif template is not None:
-            hint = "write auto, or the Jinja text itself"
-            what = f"chat_template {template!r}: portmanteau carries no templates of its own"
-            self.wrong((*path, "chat_template"), what, hint)
+        if value.get("chat_template") is not None:
+            output["chat_template"] = Lined(value["chat_template"], (*path, "chat_template"))
         return output
-
-    def _tokenizer(self, value: Mapping[str, Any], path: KeyPath) -> Any:
-        """Give the model whose tokenizer the result gets."""
-        here: KeyPath = (*path, "tokenizer_source")
-        source = value.get("tokenizer_source")
-        given = value.get("tokenizer")
-        if given is not None:
-            here = (*path, "tokenizer")
-            if source is not None:
-                self.wrong(here, "tokenizer and tokenizer_source are both given", "leave out tokenizer_source")
-            if not isinstance(given, dict):
-                self.wrong(here, "is no mapping with the key `source`")
-                return None
-            known = ("source", "tokens", "pad_to_multiple_of")
-            for key in given:
-                if key not in known:
-                    self.wrong((*here, key), f"unknown key {key!r}", nearest(key, known))
-            for key in ("tokens", "pad_to_multiple_of"):
-                if given.get(key) is not None:
-                    self.wrong((*here, key), f"tokenizer: {key} is {LATER}", "vocabularies must be equal")
-            source, here = given.get("source", "union"), (*here, "source")
-        if source == "union":
-            self.wrong(here, f"a union of vocabularies is {LATER}", "name the model whose tokenizer is taken, or base")
-            return None
-        if source == "base":
-            if value.get("base_model") is None:
-                self.wrong(here, "the tokenizer of the base is asked for, and there is no base_model")
-                return None
-            source, here = value["base_model"], (*path, "base_model")
-        label = self._references.label(source, here) if source is not None else None
-        return Lined(label, here) if label is not None else None
 
     def _refuse_output(self, value: Mapping[str, Any], path: KeyPath) -> None:
         """Refuse what says how a stage is written: it never is."""
         for key in ("tokenizer_source", "tokenizer", "chat_template"):
             if value.get(key) is not None:
                 self.wrong((*path, key), f"{key} of a stage: only the last document's result is written", "move it")
+
+    def _note_dtypes(self, value: Mapping[str, Any], path: KeyPath, name: str) -> None:
+        """Say that a stage is not rounded, whatever its dtype: it is computed in float32 and never written."""
+        for key in ("dtype", "out_dtype"):
+            if value.get(key) is None:
+                continue
+            try:
+                parse(str(value[key]))
+            except PortmanteauError as error:
+                self.wrong((*path, key), f"{key} is {value[key]!r}: {error.mistakes[0].what}", error.mistakes[0].hint)
+                continue
+            if value[key] != "float32":
+                where = f"line {self._document.line((*path, key))}"
+                self.notes.append(
+                    f"{where}: {key}: {value[key]} of the stage {name!r} has no effect: no stage is rounded"
+                )

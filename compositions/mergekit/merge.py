@@ -7,34 +7,32 @@ from typing import Any
 
 from portmanteau.merge.errors import nearest
 
+from ..components import REST
 from ..recipe.lined import Lined, plain
 from ..recipe.lines import KeyPath
 from .methods import METHODS, Method
 from .parameters import Level, Parameters
+from .plugin_methods import hint, method_of
 from .references import References
 
-LATER = "not supported yet"
 Wrong = Callable[..., None]  # of (path, what, hint)
 Entry = tuple[str, Mapping[str, Any], KeyPath]  # a model's label, what stands beside it, and where
 _PARTS = ("models", "slices", "modules")
 _MERGE = (*_PARTS, "merge_method", "base_model", "parameters")
 _KEYS = (*_MERGE, "dtype", "out_dtype", "tokenizer_source", "tokenizer", "chat_template")
-# A module's name → the tensors that are its, and the stack of its layers.
-_MODULES: Mapping[str, tuple[str, str | None]] = {
-    "shared": ("shared.*|lm_head.*|proj_out.*|final_logits_bias", None),
-    "multi_modal_projector": ("*multi_modal_projector.*|*mm_projector.*|*connector.*", None),
-    "vision_tower": ("*vision_tower.*|*vision_model.*|visual.*|*.visual.*", "*vision*|*visual*"),
-    "vision_model": ("*vision_tower.*|*vision_model.*|visual.*|*.visual.*", "*vision*|*visual*"),
-    "text_decoder": ("*", "*language_model*|*text_model*|model.layers"),
-    "default": ("*", None),
-}
 
 
 class Merge:
     """Reads how one document merges."""
 
     def __init__(
-        self, value: Mapping[str, Any], path: KeyPath, references: References, wrong: Wrong, prefix: str
+        self,
+        value: Mapping[str, Any],
+        path: KeyPath,
+        references: References,
+        wrong: Wrong,
+        note: Callable[[KeyPath, str], None],
+        prefix: str,
     ) -> None:
         """Read the keys of a document that stands at `path`; its modules' steps are named with the prefix."""
         self._wrong, self._value, self._path, self._references = wrong, value, path, references
@@ -42,15 +40,16 @@ class Merge:
         known = [*_KEYS, "name"] if path else _KEYS
         self._unknown(value, known, path)
         name = value.get("merge_method")
-        if not isinstance(name, str) or name not in METHODS:
+        self._method: Method | None = method_of(name) if isinstance(name, str) else None
+        if self._method is None:
             what = f"unknown merge_method {name!r}" if name is not None else "lacks the key 'merge_method'"
-            self._wrong((*path, "merge_method"), what, nearest(str(name), METHODS), broken=True)
-        self._method: Method | None = METHODS.get(str(name))
-        self._parameters = Parameters(str(name), self._method or METHODS["linear"], self._told)
+            self._wrong((*path, "merge_method"), what, hint(str(name)), broken=True)
+        self._parameters = Parameters(str(name), self._method or METHODS["linear"], self._told, note)
         self._levels = [Level.of(value, path, self._wrong)]
         self._known(self._levels[0])
         base = value.get("base_model")
         self._base = references.label(base, (*path, "base_model")) if base is not None else None
+        self._first: str | None = None  # the first model that is named
 
     def result(self, steps: dict[str, Any]) -> dict[str, Any]:
         """Write one operator or composition; modules become steps beside it."""
@@ -64,26 +63,40 @@ class Merge:
         key = given[0]
         if key == "modules":
             return self._modules(self._value[key], (*self._path, key), steps)
-        return self._part(self._value, self._path, self._levels, None)
+        return self._of_base(self._part(self._value, self._path, self._levels, None), steps)
+
+    def _of_base(self, merged: dict[str, Any], steps: dict[str, Any]) -> dict[str, Any]:
+        """Give a merge the base's config where the base is one of the models, and not the first."""
+        method = self._method
+        if method is None or method.takes_base != "no" or not method.in_order or method.operator not in merged:
+            return merged
+        if self._base is None or plain(merged[method.operator]["models"])[0] == self._base:
+            return merged
+        step = f"{self._prefix}{method.operator}-merged"
+        steps[step] = Lined(merged, (*self._path, "merge_method"))
+        donor = Lined(self._base, (*self._path, "base_model"))
+        return {"assemble": {"parts": {"*": Lined(step, (*self._path, "merge_method"))}, "donor": donor}}
 
     def _part(
-        self, holder: Mapping[str, Any], path: KeyPath, levels: Sequence[Level], stack: str | None
+        self, holder: Mapping[str, Any], path: KeyPath, levels: Sequence[Level], module: str | None
     ) -> dict[str, Any]:
         """Write the `models` or the `slices` of a document or of a module."""
         if holder.get("models"):
-            return self._models(holder["models"], (*path, "models"), levels)
-        return self._slices(holder["slices"], (*path, "slices"), levels, stack)
+            return self._models(holder["models"], (*path, "models"), levels, module)
+        return self._slices(holder["slices"], (*path, "slices"), levels, module)
 
-    def _models(self, value: Any, path: KeyPath, levels: Sequence[Level]) -> dict[str, Any]:
+    def _models(self, value: Any, path: KeyPath, levels: Sequence[Level], module: str | None) -> dict[str, Any]:
         entries = self._entries(value, path, ("model", "parameters"))
         base, labels = self._base, [label for label, _, _ in entries]
         takes = self._method.takes_base if self._method else "no"
         if base is not None and base not in labels and takes in ("first", "no"):
-            entries = [(base, {}, (*self._path, "base_model")), *entries]
+            added: Entry = (base, {}, (*self._path, "base_model"))
+            entries = [*entries, added] if self._method and self._method.in_order else [added, *entries]
         body = self._body(entries, base, path, levels, base_given=base is not None)
-        return {self._method.operator if self._method else "linear": body}
+        only = {"only": module} if module is not None else {}
+        return {self._method.operator if self._method else "linear": {**body, **only}}
 
-    def _slices(self, value: Any, path: KeyPath, levels: Sequence[Level], stack: str | None) -> dict[str, Any]:
+    def _slices(self, value: Any, path: KeyPath, levels: Sequence[Level], module: str | None) -> dict[str, Any]:
         parts = []
         known = ("sources", "base_model", "parameters", "residual_weight")
         for i, one in enumerate(self._list(value, path)):
@@ -97,7 +110,7 @@ class Merge:
             if one.get("residual_weight") is not None:
                 self._wrong((*here, "residual_weight"), "residual_weight has no effect in mergekit", "leave it out")
             parts.append(Lined(self._slice(one, here, levels), here))
-        more: dict[str, Any] = {"stack": stack} if stack else {}
+        more: dict[str, Any] = {"only": module} if module is not None else {}
         if self._base is not None:
             more["donor"] = Lined(self._base, (*self._path, "base_model"))
         return {"slices": {"parts": parts, **more} if more else parts}
@@ -137,7 +150,8 @@ class Merge:
             lacks = "and it is not among the sources" if base_given else "and there is none"
             self._wrong(where, f"{self._parameters.name} needs its base_model, {lacks}")
         merged = [entry for entry in entries if not (apart and entry[0] == base)]
-        merged.sort(key=lambda entry: entry[0] != base)  # the base is the first of equals: what the others are added to
+        if method is None or not method.in_order:  # the base is the first of equals: what the others are added to
+            merged.sort(key=lambda entry: entry[0] != base)
         own: dict[str, Level] = {}
         for label, entry, place in entries:
             level = Level.of(entry, place, self._wrong)
@@ -146,6 +160,9 @@ class Merge:
         self._count(len(merged), path)
         places = {label: place for label, _, place in merged}
         common, of_each = self._parameters.settings(levels, {label: own[label] for label in places}, places)
+        if apart and base is not None:
+            of_base = [own[base]] if base in own else []
+            common |= self._parameters.of_base([*of_base, *levels], (*self._path, "base_model"))
         models = {label: Lined(_short(of_each[label]), place) for label, place in places.items()}
         body = {**({"base": base} if apart and base is not None else {}), "models": models, **common}
         if not any(of_each.values()):
@@ -165,7 +182,6 @@ class Merge:
             self._wrong(path, "modules is no mapping from names to modules", broken=True)
             return {}
         parts: dict[str, Any] = {}
-        sliced = []
         for name, one in value.items():
             here = (*path, name)
             if not isinstance(one, dict) or bool(one.get("models")) == bool(one.get("slices")):
@@ -174,18 +190,14 @@ class Merge:
             self._unknown(one, ("models", "slices", "parameters"), here)
             level = Level.of(one, here, self._wrong)
             self._known(level)
-            pattern, stack = _MODULES.get(name, (f"{name}.*|*.{name}.*", name))
-            merged = self._part(one, here, [level, *self._levels], stack)
-            if len(value) == 1 and pattern == "*":
+            merged = self._part(one, here, [level, *self._levels], name if name != REST else None)
+            if list(value) == [REST]:
                 return merged
             steps[self._prefix + name] = Lined(merged, here)
-            parts[pattern] = Lined(self._prefix + name, here)
-            sliced += [name] if one.get("slices") else []
-        if len(sliced) > 1:
-            self._wrong((*path, sliced[1]), f"slices in several modules ({', '.join(sliced)}) are {LATER}")
-        ordered = dict(sorted(parts.items(), key=lambda part: part[0] == "*"))  # what takes the rest comes last
-        donor = {"donor": self._prefix + sliced[0]} if sliced else {}
-        return {"assemble": {"parts": ordered, **donor}}
+            parts[name] = Lined(self._prefix + name, here)
+        ordered = dict(sorted(parts.items(), key=lambda part: part[0] == REST))  # what takes the rest comes last
+        donor = self._base if self._base is not None else self._first
+        return {"assemble": Lined({"parts": ordered, **({"donor": donor} if donor is not None else {})}, path)}
 
     # ---- lists, keys and ranges
 
@@ -204,6 +216,7 @@ class Merge:
                 self._wrong((*here, "model"), f"{label} is listed twice", hint, broken=True)
             elif label is not None:
                 entries.append((label, one, here))
+                self._first = self._first or label
         return entries
 
     def _range(self, entry: Mapping[str, Any], path: KeyPath) -> Any:
@@ -230,10 +243,10 @@ class Merge:
         if self._method is not None:
             self._parameters.refuse_unknown(level, of_model=of_model, of_base=of_base)
 
-    def _told(self, path: KeyPath, what: str, hint: str = "") -> None:
+    def _told(self, path: KeyPath, what: str, hint: str = "", *, broken: bool = False) -> None:
         """Tell of a mistake in parameters, where the method is known."""
         if self._method is not None:
-            self._wrong(path, what, hint)
+            self._wrong(path, what, hint, broken=broken)
 
 
 def _short(settings: dict[str, Any]) -> Any:

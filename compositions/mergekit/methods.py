@@ -23,6 +23,8 @@ class Method:
         required: the parameters that must be given.
         without_effect: parameters that mergekit takes and that change nothing of the result (here).
         models: the least and the most models; the base counts where it is one of them. None: no limit.
+        of_base: parameters that the base has of its own too, though it is apart → our setting for the base's.
+        in_order: whether models are given in the order of the file, a base that is one of them too.
 
     """
 
@@ -35,6 +37,8 @@ class Method:
     required: frozenset[str] = frozenset()
     without_effect: frozenset[str] = frozenset()
     models: tuple[int, int | None] = (1, None)
+    of_base: Mapping[str, str] = field(default_factory=dict)
+    in_order: bool = False
 
 
 _WEIGHT = frozenset({"weight"})

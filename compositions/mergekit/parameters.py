@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from portmanteau.merge.errors import nearest
-from portmanteau.merge.registry import operators
+from portmanteau.merge.registry import find
 
 from ..recipe.lined import Lined, plain
 from ..recipe.lines import KeyPath
@@ -36,21 +36,22 @@ class Level:
 
 @dataclass(frozen=True)
 class Parameters:
-    """The parameters of one method, and how mistakes in them are told."""
+    """The parameters of one method, and how mistakes in them, and what has no effect, are told."""
 
     name: str
     method: Method
     wrong: Wrong
+    note: Callable[[KeyPath, str], None]
 
     def refuse_unknown(self, level: Level, *, of_model: bool = False, of_base: bool = False) -> None:
-        """Refuse what the method does not know, or does not know of one model."""
+        """Refuse what the method does not know, or does not know of one model; note what the base does not need."""
         known = (*self.method.parameters, *self.method.without_effect)
         for key in level.values:
             if key not in known:
                 self.wrong((*level.path, key), f"{self.name} has no parameter {key!r}", nearest(key, known))
-            elif of_base:
-                self.wrong((*level.path, key), f"{key} of the base_model has no effect in {self.name}", "leave it out")
-            elif of_model and key not in self.method.per_model | self.method.without_effect:
+            elif of_base and key not in self.method.of_base:
+                self.note((*level.path, key), f"{key} of the base_model has no effect in {self.name}")
+            elif of_model and not of_base and key not in self.method.per_model | self.method.without_effect:
                 hint = "write it into the parameters of the slice or of the whole file"
                 self.wrong((*level.path, key), f"{key} is no matter of one model in {self.name}", hint)
 
@@ -85,6 +86,11 @@ class Parameters:
         common = {**{key: value for key, value in defaults.items() if key not in common}, **common}
         return self._told(common), of_each
 
+    def of_base(self, levels: Sequence[Level], where: KeyPath) -> dict[str, Any]:
+        """Give our settings of the base's own: the nearest level first, its own before those above the models."""
+        found = {setting: self._value(name, levels, where) for name, setting in self.method.of_base.items()}
+        return self._told({setting: value for setting, value in found.items() if value is not None})
+
     @property
     def _per_model_names(self) -> set[str]:
         """Our names of the settings that each model may have its own of: their defaults are filled in already."""
@@ -92,8 +98,7 @@ class Parameters:
 
     def _told(self, common: Mapping[str, Any]) -> dict[str, Any]:
         """Leave out what our operator does by default."""
-        operator = operators().get(self.method.operator)
-        defaults = {name: setting.default for name, setting in operator.settings.items()} if operator else {}
+        defaults = {name: setting.default for name, setting in find(self.method.operator).settings.items()}
         return {key: value for key, value in common.items() if key not in defaults or plain(value) != defaults[key]}
 
     def _value(self, parameter: str, levels: Sequence[Level], where: KeyPath) -> Any:
@@ -107,7 +112,7 @@ class Parameters:
                 choices.append({"tensors": Lined(_pattern(condition), path), "value": one})
         if parameter in self.method.required:
             lacks = "has no value for tensors that no filter fits" if choices else "is not given"
-            self.wrong(where, f"{self.name} needs the parameter {parameter!r}, which {lacks}", "")
+            self.wrong(where, f"{self.name} needs the parameter {parameter!r}, which {lacks}", broken=True)
         default = self.method.settings.get(self.method.parameters[parameter])
         return [*choices, *([{"value": default}] if default is not None else [])] if choices else default
 

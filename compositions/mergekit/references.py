@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from portmanteau.merge.errors import nearest
+from portmanteau.merge.files.places import kind, user_path
 
 from ..recipe.lined import Lined
 from ..recipe.lines import KeyPath
@@ -55,7 +56,7 @@ class References:
 
     def _parsed(self, value: Any, path: KeyPath) -> tuple[Stored, Stored | None] | None:
         if isinstance(value, str) and value:
-            if (self.folder / Path(value).expanduser()).exists():
+            if kind(self.folder / user_path(value)) != "nothing":
                 return (value, None), None  # a folder's name may hold @ and +
             model, plus, lora = value.partition("+")
             if "+" not in lora and model.count("@") <= 1 and lora.count("@") <= 1 and bool(lora) == bool(plus):
@@ -81,7 +82,7 @@ class References:
 
     def _stored(self, value: Any, path: KeyPath) -> Stored | None:
         if isinstance(value, str) and value:
-            return (value, None) if (self.folder / value).exists() else _split(value)
+            return (value, None) if kind(self.folder / user_path(value)) != "nothing" else _split(value)
         if isinstance(value, Mapping) and _is_stored(value):
             for key in value:
                 if key not in ("path", "revision"):

@@ -12,9 +12,15 @@ import yaml
 
 from portmanteau.merge import RecipeError
 from portmanteau.merge.errors import Mistake
+from portmanteau.merge.files.json_file import read_bytes, text_of
 
 KeyPath = tuple[str | int, ...]
-_MOST_NODES = 100_000
+_MOST_BYTES = 96 << 10  # a recipe of 2500 slices has 90 kB; PyYAML reads some 150 kB in a second
+_MOST_NODES = 20_000
+_DEEPEST = 40
+_LONGEST_NUMBER = 100  # signs
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+_PLAIN = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null"))
 
 
 class _Loader(yaml.SafeLoader):
@@ -28,13 +34,14 @@ _Loader.add_implicit_resolver(
 
 @dataclass(frozen=True)
 class Document:
-    """A parsed file: its values, and the line (from 1) of every key and list item."""
+    """A parsed file: its values, the line (from 1) of every key and list item, and what a user should know of it."""
 
     file: str
     text: str
     value: Any
     lines: Mapping[KeyPath, int]
     bundle: bool = False  # several documents: the value is their list
+    notes: tuple[str, ...] = ()
 
     def where(self, path: KeyPath) -> str:
         """Give `file:line` of a path of keys, or of the nearest thing around it; keys that may be left out may be."""
@@ -49,12 +56,16 @@ class Document:
 
 
 def read(path: Path, text: str | None = None) -> Document:
-    """Read a YAML file, or a text that once stood in it. Raises RecipeError for what is not YAML, keys twice, tags."""
+    """Read a YAML file, or a text that stood in one. RecipeError for what is no YAML, keys given twice, tags."""
     try:
-        text = path.read_text(encoding="utf-8") if text is None else text
-    except (OSError, UnicodeDecodeError) as error:
+        text = text_of(read_bytes(path, _MOST_BYTES)) if text is None else text
+    except (OSError, ValueError) as error:
         raise RecipeError(str(path), f"cannot be read ({error})") from error
-    loader = _Loader(text)
+    try:
+        loader = _Loader(text)
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise RecipeError(f"{path}:{line}", f"not valid YAML: the character {chr(error.character)!r}") from error
     try:
         nodes = [node for node in _documents(loader) if node.tag != "tag:yaml.org,2002:null"]
         builder = _Builder(str(path), loader)
@@ -63,7 +74,9 @@ def read(path: Path, text: str | None = None) -> Document:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise RecipeError(f"{path}:{line}", f"not valid YAML: {error.problem or error}") from error
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    except RecursionError as error:
+        raise RecipeError(str(path), "not valid YAML: nested too deeply") from error
+    except (yaml.YAMLError, ValueError) as error:
         raise RecipeError(str(path), f"not valid YAML: {error}") from error
     finally:
         loader.dispose()
@@ -80,6 +93,10 @@ def _documents(loader: _Loader) -> Iterator[yaml.Node]:
         yield node
 
 
+def _wrong(node: yaml.Node, what: str) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=what, problem_mark=node.start_mark)
+
+
 class _Builder:
     """Turns YAML nodes into values, noting lines and keys given twice."""
 
@@ -92,15 +109,31 @@ class _Builder:
         """Build the value of one node; `path` leads to it."""
         self._left -= 1
         if self._left < 0:
-            raise ValueError(f"more than {_MOST_NODES} values")
+            raise _wrong(node, f"more than {_MOST_NODES} values, aliases counted each time")
+        if len(path) > _DEEPEST:
+            raise _wrong(node, "nested too deeply")
         self.lines.setdefault(path, node.start_mark.line + 1)
-        if not node.tag.startswith("tag:yaml.org,2002:") or "python" in node.tag:
-            raise yaml.MarkedYAMLError(problem=f"tags such as {node.tag} are not read", problem_mark=node.start_mark)
-        if isinstance(node, yaml.MappingNode):
+        if isinstance(node, yaml.MappingNode) and node.tag == "tag:yaml.org,2002:map":
             return self._mapping(node, path)
-        if isinstance(node, yaml.SequenceNode):
+        if isinstance(node, yaml.SequenceNode) and node.tag == "tag:yaml.org,2002:seq":
             return [self.build(item, (*path, i)) for i, item in enumerate(node.value)]
-        return self._loader.construct_object(node)
+        if not isinstance(node, yaml.ScalarNode) or node.tag not in _PLAIN or self._is_forced(node):
+            raise _wrong(node, f"tags such as {node.tag} are not read")
+        return self._scalar(node)
+
+    def _is_forced(self, node: yaml.ScalarNode) -> bool:
+        """Tell whether a tag makes a text a number, a truth value or nothing, which it does not look like."""
+        plain = node.style is None
+        looks: str = self._loader.resolve(yaml.ScalarNode, node.value, (plain, not plain))  # type: ignore[no-untyped-call]
+        return node.tag not in (looks, _PLAIN[0])
+
+    def _scalar(self, node: yaml.ScalarNode) -> Any:
+        if node.tag in _NUMBERS and len(node.value) > _LONGEST_NUMBER:
+            raise _wrong(node, f"a number of {len(node.value)} signs")
+        try:
+            return self._loader.construct_object(node)
+        except (ValueError, OverflowError) as error:  # in base 60, or of signs that make none
+            raise _wrong(node, "a number that is none") from error
 
     def _mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
         result: dict[str, Any] = {}

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from portmanteau.merge.errors import nearest
-from portmanteau.merge.registry import find, operators
+from portmanteau.merge.registry import exists, find
 
 from ..tensorwise import Rule, base_label, check
 from .lines import Document, KeyPath
@@ -36,6 +36,7 @@ class OperatorBody(BaseModel):
     base: Reference | None = None
     rules: tuple[_RuleBody, ...] = ()
     unmatched: Literal["error", "keep", "drop"] = "error"
+    only: str | None = None
 
 
 class SliceBody(BaseModel):
@@ -80,7 +81,7 @@ def operator_arguments(
 ) -> tuple[dict[str, Any], list[Finding]]:
     """Turn an operator's body into the arguments of `tensorwise`, and find what is wrong with it."""
     found, findings = _arguments(name, body.models, body, path, document)
-    return {**found, "unmatched": body.unmatched}, findings
+    return {**found, "unmatched": body.unmatched, "only": body.only}, findings
 
 
 def _arguments(
@@ -97,7 +98,7 @@ def _arguments(
         for i, one in enumerate(body.rules)
     )
     findings = []
-    known = [*find(name).settings, *type(body).model_fields] if name in operators() else []
+    known = [*find(name).settings, *type(body).model_fields] if exists(name) else []
     for inner, what, hint in check(name, list(models), body.base is not None, settings, rules):
         misspelt = len(inner) == 1 and inner[0] in settings and what.endswith(f"has no setting {inner[0]!r}")
         findings.append(

@@ -9,19 +9,22 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
-from portmanteau.merge import PortmanteauError, RecipeError
-from portmanteau.merge.dtypes import parse
+from portmanteau.merge import CheckpointError, PortmanteauError, RecipeError
+from portmanteau.merge.dtypes import is_float, parse
 from portmanteau.merge.errors import Mistake, nearest
-from portmanteau.merge.registry import operators
+from portmanteau.merge.files import places
+from portmanteau.merge.registry import exists, operators, unknown
 from portmanteau.merge.units import byte_count
 
 from ..composition import compositions
 from ..mergekit.document import is_mergekit, translated
 from ..slices import Slice
+from ..vocabulary.chat_templates import TEMPLATES
 from .lines import Document, KeyPath, read
 from .operator_body import Finding, OperatorBody, SliceBody, each_slice, operator_arguments
 from .reference import Reference, references
 from .schema import schema_of, validated
+from .tokenizer import UNION, ZERO, TokenizerBody
 
 _KEYS = ("models", "steps", "merge", "output")
 
@@ -35,22 +38,25 @@ class Output(_Strict):
 
     dtype: str | None = None
     shard_size: int = 5_000_000_000
-    tokenizer: Reference | None = None
-    chat_template: str | None = None  # `auto`: the commonest of the models'; else a Jinja text
+    tokenizer: TokenizerBody | None = None
+    chat_template: str | None = None  # `auto`: the commonest of the models'; a known name; else a Jinja text
 
     @field_validator("dtype")
     @classmethod
     def _known(cls, value: str | None) -> str | None:
         try:
-            return value and parse(value)
+            found = value and parse(value)
         except PortmanteauError as error:
             raise ValueError(f"{error.mistakes[0].what}; {error.mistakes[0].hint}") from error
+        if found and not is_float(found):
+            raise ValueError("weights are written as floats; what is no float is copied as it is")
+        return found
 
     @field_validator("chat_template")
     @classmethod
     def _is_template(cls, value: str | None) -> str | None:
-        if value is not None and value != "auto" and "{" not in value:
-            raise ValueError("neither auto nor a Jinja template")
+        if value is not None and "{" not in value and value not in (known := ("auto", *TEMPLATES)):
+            raise ValueError(f"no Jinja template and no known name; {nearest(value, known)}")
         return value
 
     @field_validator("shard_size", mode="before")
@@ -170,10 +176,9 @@ class _Reader:
             if found is None:
                 return None
             return Body(name, here, self._with_slices(self._expanded(_fields(found), here), here), is_operator=False)
-        if name not in operators():
-            self._wrong(
-                here, f"unknown composition or operator {name!r}", nearest(name, [*compositions(), *operators()])
-            )
+        if not exists(str(name)):
+            hint = unknown(str(name), [*compositions(), *operators()])
+            self._wrong(here, f"unknown composition or operator {name!r}", hint)
             return None
         body = self._validated(OperatorBody, arguments or {}, here)
         if body is None:
@@ -188,7 +193,11 @@ class _Reader:
         result = dict(arguments)
         for key, value in arguments.items():
             if isinstance(value, list) and any(isinstance(one, Reference) and one.is_pattern for one in value):
-                found = [(one, one.expanded(folder)) for one in value]
+                try:
+                    found = [(one, one.expanded(folder)) for one in value]
+                except RecipeError as error:
+                    self._wrong((*path, key), error.mistakes[0].what, error.mistakes[0].hint)
+                    continue
                 for one in (one for one, several in found if not several):
                     self._wrong((*path, key), f"nothing is called {one.path!r}")
                 result[key] = [reference for _, several in found for reference in several]
@@ -229,14 +238,23 @@ class _Reader:
                 elif reference.path in steps and not reference.may_be_step:
                     what = f"{reference.path!r} is a step; adapters and sparse fine-tunes are read from disk"
                     self._wrong(path, what, "build it first, by a recipe of its own")
-        if output.tokenizer is not None and output.tokenizer.path not in names:
-            self._check_place(output.tokenizer, folder, ("output", "tokenizer"), names)
+        for name in sorted({UNION, ZERO} & {*names} if output.tokenizer is not None else ()):
+            section = "models" if name in models else "steps"
+            self._wrong((section, name), f"{name!r} is a word of output.tokenizer", "call it something else")
+        asked = output.tokenizer.references(("output", "tokenizer")) if output.tokenizer is not None else ()
+        for path, reference in asked:
+            if reference.path not in names:
+                self._check_place(reference, folder, path, names)
 
     def _check_place(self, reference: Reference, folder: Path, path: KeyPath, names: list[str]) -> None:
         place = reference.local(folder)
-        if place.exists() or (reference.is_on_hub(folder) and not reference.path.startswith(".")):
+        try:
+            if places.kind(place) != "nothing" or (reference.is_on_hub(folder) and not reference.path.startswith(".")):
+                return
+        except CheckpointError as error:
+            self._wrong(path, str(error.mistakes[0]))
             return
-        siblings = [found.name for found in place.parent.glob("*")] if place.parent.is_dir() else []
+        siblings = places.neighbours(place)
         what = f"no {'file or folder' if path[0] == 'models' else 'model, file or folder'} {reference.path!r}"
         self._wrong(path, what, nearest(place.name if "/" in reference.path else reference.path, names or siblings))
 

@@ -10,6 +10,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
@@ -19,6 +20,7 @@ from portmanteau.merge import (
     Adapter,
     Bottleneck,
     Checkpoint,
+    RecipeError,
     SparseFineTune,
     open_adapter,
     open_bottleneck,
@@ -26,9 +28,11 @@ from portmanteau.merge import (
 )
 from portmanteau.merge import open as open_checkpoint
 from portmanteau.merge.files.hub import is_hub_id
+from portmanteau.merge.files.places import kind, user_path
 
 from .lines import KeyPath
 
+_MOST_STARS, _MOST_FOUND = 3, 10_000
 Weight = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -58,7 +62,7 @@ class Reference(BaseModel):
 
     def local(self, folder: Path) -> Path:
         """Give the path that it would be on this machine, relative to the recipe's folder."""
-        return folder / Path(self.path).expanduser()
+        return folder / user_path(self.path)
 
     @property
     def is_pattern(self) -> bool:
@@ -66,15 +70,21 @@ class Reference(BaseModel):
         return any(sign in self.path for sign in "*?[")
 
     def expanded(self, folder: Path) -> list[Reference]:
-        """Give what a pattern stands for, sorted with numbers as numbers; what is no pattern stands for itself."""
+        """Give what a pattern stands for, sorted with numbers as numbers; what is no pattern stands for itself.
+
+        Raises RecipeError for a pattern that would look through too much.
+        """
         if not self.is_pattern:
             return [self]
-        found = sorted(glob.glob(self.path, root_dir=folder), key=_numbers_as_numbers)  # noqa: PTH207 - keeps the path as written
+        if sum(any(sign in part for sign in "*?[") for part in self.path.split("/")) > _MOST_STARS or "\0" in self.path:
+            raise RecipeError("", f"the pattern {self.path!r} looks through too many folders", "name more of the path")
+        matched = islice(glob.iglob(self.path, root_dir=folder), _MOST_FOUND)  # noqa: PTH207 - keeps the path as written
+        found = sorted(matched, key=_numbers_as_numbers)
         return [self.model_copy(update={"path": path}) for path in found]
 
     def is_on_hub(self, folder: Path) -> bool:
         """Tell whether it is no local path, and has the form of a Hub id."""
-        return not self.local(folder).exists() and is_hub_id(self.path)
+        return is_hub_id(self.path) and kind(self.local(folder)) == "nothing"
 
 
 class AdapterReference(Reference):
@@ -117,7 +127,7 @@ _KINDS: Mapping[Any, type[Reference]] = {
 
 def _numbers_as_numbers(path: str) -> list[str | int]:
     """Order `checkpoint-90` before `checkpoint-100`."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d{1,4000})", path)]
 
 
 def _listed(value: Any) -> Any:

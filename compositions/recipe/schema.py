@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from functools import cache
 from inspect import Parameter
@@ -68,16 +68,21 @@ def _key_path(document: Document, path: KeyPath, location: tuple[Any, ...]) -> K
 def _known_keys(kind: Any, location: tuple[Any, ...]) -> list[str]:
     """Give the keys that are known at the place where pydantic found one too many."""
     known = getattr(kind, "model_fields", {})
-    if len(location) == 1 or location[0] not in known:
+    depth = next((i for i, part in enumerate(location[:-1]) if part in known), None)
+    if depth is None:
         return list(known)
-    inside = list(_dataclasses(known[location[0]].annotation))
+    annotation = known[location[depth]].annotation
+    inside = list(_classes(annotation, is_dataclass))
+    if not inside:
+        models = list(_classes(annotation, lambda one: issubclass(one, BaseModel)))
+        return _known_keys(models[0], location[depth + 1 :]) if models else []
     meant = [one for one in inside if one.__name__ in location] or inside
     return list(dict.fromkeys(field.name for one in meant for field in fields(one)))
 
 
-def _dataclasses(annotation: Any) -> Iterator[Any]:
-    """Go through the dataclasses in an annotation."""
-    if is_dataclass(annotation):
+def _classes(annotation: Any, fits: Callable[[type], bool]) -> Iterator[Any]:
+    """Go through the classes of one kind in an annotation."""
+    if isinstance(annotation, type) and fits(annotation):
         yield annotation
     for one in typing.get_args(annotation):
-        yield from _dataclasses(one)
+        yield from _classes(one, fits)

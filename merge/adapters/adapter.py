@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint import Checkpoint
-from ..companions import gather, read_json
+from ..companions import gather
 from ..errors import CheckpointError, Mistake
 from ..files import hub
-from ..stored import StoredCheckpoint, open
+from ..files.json_file import read_json
+from ..stored import StoredCheckpoint
 from .folder import CONFIG, locate
+from .module_pattern import ModulePatterns
 
 PREFIX = "base_model.model."
+_PATTERNS = ("rank_pattern", "alpha_pattern")
+_LARGEST = 1e12
 _READ = {"peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "fan_in_fan_out"}
 _HARMLESS = {  # which modules there are is seen in the file; how they were trained does not matter afterwards
     *("auto_mapping", "base_model_name_or_path", "bias", "corda_config", "eva_config", "exclude_modules"),
@@ -87,21 +90,24 @@ class Adapter:
         yield from self.saved
 
 
-def open_adapter(reference: str | Path, *, revision: str | None = None, label: str | None = None) -> Adapter:
+def open_adapter(
+    reference: str | Path, *, revision: str | None = None, label: str | None = None, weights: bool = True
+) -> Adapter:
     """Open a folder, or a Hub id `ORG/NAME[@REVISION]`, with a LoRA adapter, by config and header alone.
+
+    With `weights=False` only the header of what is on the Hub is fetched.
 
     Raises CheckpointError, with every mistake found, where there is none or where its arithmetic is not known here.
     """
-    found = locate(reference, revision, hub.ADAPTER, "peft's save_pretrained")
+    found = locate(reference, revision, hub.ADAPTER, "peft's save_pretrained", weights=weights)
     label, path = label or str(reference), found.path
     config = read_json(path / CONFIG)
     mistakes = [Mistake(str(path / CONFIG), what, hint) for what, hint in _refusals(config)]
-    files = [path / name for name, _ in hub.ADAPTER if (path / name).is_file()]
-    if not files:
+    file = found.weights(hub.ADAPTER)
+    if file is None:
         mistakes.append(Mistake(str(path), f"holds no {hub.ADAPTER[0][0]}", "save or download the adapter again"))
-    if mistakes:
+    if mistakes or file is None:
         raise CheckpointError.of(mistakes)
-    file = open(files[0], label=label).files[0]
     stored = StoredCheckpoint(label, [file], gather(path), found.revision, found.repository)
     return adapter_of(stored, config, str(file.path))
 
@@ -118,10 +124,15 @@ def _refusals(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for key in ("r", "lora_alpha"):
         if not _is_number(config.get(key)):
             yield f"{key} is {config.get(key)!r}, not a number above 0", ""
-    for key in ("rank_pattern", "alpha_pattern"):
+    for key in _PATTERNS:
         pattern = config.get(key) or {}
         if not isinstance(pattern, dict) or not all(map(_is_number, pattern.values())):
             yield f"{key} is {pattern!r}, not a mapping to numbers above 0", ""
+            continue
+        try:
+            ModulePatterns(pattern)
+        except ValueError as error:
+            yield f"{key}: {error}", "name the modules, or write *, +, ?, |, classes and brackets"
     start = config.get("init_lora_weights")
     if start not in _KEEPS_BASE:
         hint = "convert it with peft: save_pretrained(…, path_initial_model_for_weight_conversion=…)"
@@ -132,7 +143,7 @@ def _refusals(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < _LARGEST
 
 
 def adapter_of(stored: Checkpoint, config: Mapping[str, Any], where: str) -> Adapter:
@@ -160,9 +171,9 @@ def adapter_of(stored: Checkpoint, config: Mapping[str, Any], where: str) -> Ada
     if mistakes:
         raise CheckpointError.of(mistakes)
     modules = {}
+    ranks, alphas = (ModulePatterns(config.get(key) or {}) for key in _PATTERNS)
     for path, found in factors.items():
-        rank = _of_module(config.get("rank_pattern") or {}, path, config["r"])
-        alpha = _of_module(config.get("alpha_pattern") or {}, path, config["lora_alpha"])
+        rank, alpha = ranks.of(path, config["r"]), alphas.of(path, config["lora_alpha"])
         scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
         modules[path] = Module(found["a"], found["b"], scaling, rank, path in embeddings, found.get("magnitude", ""))
     return Adapter(stored.label, stored, config, modules, saved, copies, bool(config.get("fan_in_fan_out")))
@@ -186,13 +197,3 @@ def _incomplete(
             yield Mistake(where, f"tensor {name} is of a kind that is not supported", "fold it in with peft")
         elif f"{name.rpartition('.')[0]}" in factors and name.endswith(".weight"):
             yield Mistake(where, f"tensor {name} is stored whole, and changed by a LoRA too")
-
-
-def _of_module(pattern: Mapping[str, Any], path: str, default: Any) -> Any:
-    """Look a module up as peft does: the first pattern that, as a regular expression, fits the end of its path.
-
-    >>> _of_module({"q_proj": 4, r"layers\\.1\\..*": 8}, "model.layers.1.self_attn.q_proj", 2)
-    4
-    """
-    fits = (value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", path))
-    return next(fits, default)

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..companions import Companions, read_json
+from ..companions import Companions
 from ..composed import Composed
 from ..errors import CheckpointError, Mistake, some
-from ..files import hub
+from ..files import hub, places
+from ..files.json_file import read_json
 from ..form import Form
-from ..stored import StoredCheckpoint, open
+from ..stored import StoredCheckpoint
 from .bottleneck_config import current, is_invertible, refusals, width
 from .folder import CONFIG, locate
 
@@ -75,29 +76,33 @@ class Bottleneck:
         return json.dumps(found, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
-def open_bottleneck(reference: str | Path, *, revision: str | None = None, label: str | None = None) -> Bottleneck:
+def open_bottleneck(
+    reference: str | Path, *, revision: str | None = None, label: str | None = None, weights: bool = True
+) -> Bottleneck:
     """Open a folder, or a Hub id `ORG/NAME[@REVISION]`, with a bottleneck adapter, by config and header alone.
+
+    With `weights=False` only the header of what is on the Hub is fetched, where its file has one.
 
     Raises CheckpointError, with every mistake found, where there is none, or where config and weights do not agree.
     """
-    found = locate(reference, revision, hub.BOTTLENECK, "save_adapter of the library adapters", _HEAD)
+    found = locate(reference, revision, hub.BOTTLENECK, "save_adapter of the library adapters", _HEAD, weights=weights)
     label, path = label or str(reference), found.path
     config = read_json(path / CONFIG)
     mistakes = [Mistake(str(path / CONFIG), what, hint) for what, hint in refusals(config)]
-    files = [path / name for name, _ in hub.BOTTLENECK if (path / name).is_file()]
-    if not mistakes and not files:
+    file = None if mistakes else found.weights(hub.BOTTLENECK)
+    if not mistakes and file is None:
         names = " or ".join(name for name, _ in hub.BOTTLENECK)
         mistakes.append(Mistake(str(path), f"holds no {names}", _AGAIN))
-    if mistakes:
+    if mistakes or file is None:
         raise CheckpointError.of(mistakes)
-    file = open(files[0], label=label).files[0]
     stored = StoredCheckpoint(label, [file], Companions(), found.revision, found.repository)
     tensors = {_current_spelling(own): own for own in stored.specs}
     architecture = current(config, has_invertible=any(map(_INVERTIBLE.search, tensors)))
     mistakes = [Mistake(str(file.path), *one) for one in _disagreements(config, architecture, stored, tensors)]
     if mistakes:
         raise CheckpointError.of(mistakes)
-    head = {name: path / name for name in _HEAD if (path / _HEAD_CONFIG).is_file() and (path / name).is_file()}
+    has_head = (path / _HEAD_CONFIG).is_file()
+    head = {n: places.refuse_link(path / n, path) for n in _HEAD if has_head and (path / n).is_file()}
     model = {key: config.get(key) for key in _MODEL}
     return Bottleneck(label, config["name"], architecture, model, stored, tensors, head)
 
@@ -177,7 +182,7 @@ def _of_other_width(
     """Compare the projections with reduction factor and hidden size."""
     hidden = config.get("hidden_size")
     for key, shape in shapes.items():
-        if not _DOWN.search(key) or len(shape) != 2 or not isinstance(hidden, int):
+        if not _DOWN.search(key) or len(shape) != 2 or type(hidden) is not int or not 0 <= hidden < 1 << 31:
             continue
         expected = [(width(hidden, factor), hidden) for factor in _factors(architecture["reduction_factor"])]
         if shape not in expected:

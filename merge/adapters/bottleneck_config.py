@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+_LEAST = 1e-6  # of a reduction factor, which is 2 to 64 in practice
 REQUIRED = ("mh_adapter", "output_adapter", "non_linearity", "reduction_factor")
 _DEFAULTS: Mapping[str, Any] = {  # adapters 1.3.0, BnConfig: configs of earlier versions lack the later options
     "original_ln_before": False,
@@ -63,12 +64,12 @@ def refusals(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "has no architecture under the key config", "an adapter folder is what save_adapter of adapters writes"
         return
     name = config.get("name")
-    if not isinstance(name, str) or not name or any(sign in name for sign in "./\\"):
+    if not isinstance(name, str) or not name or any(sign in name for sign in "./\\") or not name.isprintable():
         yield f"name is {name!r}: an adapter's name is text without dots and slashes", ""
     method = own.get("architecture")
     if method is not None:
         scales = method == "lora" and own.get("composition_mode") == "scale"
-        kind = "an (IA)³" if scales else _METHODS.get(method, f"an adapter of the method {method!r}")
+        kind = "an (IA)³" if scales else _METHODS.get(str(method), f"an adapter of the method {method!r}")
         yield f"{kind}, not a bottleneck adapter", _IN_WEIGHTS if method == "lora" else _AT_RUN_TIME
         return
     lacking = [key for key in REQUIRED if key not in own]
@@ -76,8 +77,10 @@ def refusals(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield f"its architecture lacks {', '.join(lacking)}", "load it with the library adapters, and save it again"
     reduction = own.get("reduction_factor", 1)
     factors = reduction.values() if isinstance(reduction, dict) else [reduction]
-    if not all(isinstance(one, int | float) and one > 0 for one in factors):
+    if not factors or not all(isinstance(one, int | float) and _LEAST < one < 1 / _LEAST for one in factors):
         yield f"reduction_factor is {reduction!r}, not a number above 0, nor a mapping to such", ""
+    if not isinstance(own.get("non_linearity", ""), str):
+        yield f"non_linearity is {own['non_linearity']!r}, not a name", ""
 
 
 def current(config: Mapping[str, Any], *, has_invertible: bool) -> dict[str, Any]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import CheckpointError, nearest
-from ..files import hub
+from ..files import hub, places
+from ..files.remote_file import RemoteFile
+from ..files.weight_file import WeightFile
+from ..stored import open
 
 CONFIG = "adapter_config.json"  # both peft and adapters call it so
 
@@ -18,10 +22,26 @@ class AdapterFolder:
     path: Path
     revision: str | None = None
     repository: str | None = None
+    missing: Mapping[str, RemoteFile] = field(default_factory=dict)  # weights of which only the header is here
+
+    def weights(self, kinds: hub.Kinds) -> WeightFile | None:
+        """Open the best of the kinds of weight files that it holds, by its header; None where it holds none."""
+        for name, _ in kinds:
+            if name in self.missing:
+                return self.missing[name]
+            if (self.path / name).is_file():
+                return open(places.refuse_link(self.path / name, self.path)).files[0]
+        return None
 
 
 def locate(
-    reference: str | Path, revision: str | None, kinds: hub.Kinds, written_by: str, also: tuple[str, ...] = ()
+    reference: str | Path,
+    revision: str | None,
+    kinds: hub.Kinds,
+    written_by: str,
+    also: tuple[str, ...] = (),
+    *,
+    weights: bool = True,
 ) -> AdapterFolder:
     """Find the folder that a path or a Hub id `ORG/NAME[@REVISION]` stands for.
 
@@ -31,19 +51,26 @@ def locate(
         kinds: the weight files to download, the best first.
         written_by: what writes such folders, for the hint.
         also: other files to download, where there are any.
+        weights: whether weights are downloaded too, or only their headers.
 
     Raises CheckpointError where there is no folder, or none with an adapter's config.
 
     """
-    path, text, repository = Path(reference).expanduser(), str(reference), None
-    if not path.exists() and hub.is_hub_id(text) and not (isinstance(reference, Path) and path.is_absolute()):
+    path, text, repository = places.user_path(reference), str(reference), None
+    missing: Mapping[str, RemoteFile] = {}
+    kind = places.kind(path)
+    if kind == "nothing" and hub.is_hub_id(text) and not (isinstance(reference, Path) and path.is_absolute()):
         repository, _, tag = text.partition("@")
-        path = hub.download(repository, revision or tag or None, kinds, also)
+        fetch = hub.download if weights else hub.glance
+        found = fetch(repository, revision or tag or None, kinds, also)
+        path, missing = (found.folder, found.missing) if isinstance(found, hub.Glance) else (found, {})
         revision = path.name
-    if not path.is_dir():
-        known = [sibling.name for sibling in path.parent.glob("*")] if path.parent.is_dir() else []
-        hint = "name the folder that holds it" if path.is_file() else nearest(path.name, known) if known else ""
-        raise CheckpointError(text, "an adapter is a folder" if path.is_file() else "no such folder", hint)
+        kind = "folder"
+    if kind != "folder":
+        known = places.neighbours(path)
+        hint = "name the folder that holds it" if kind == "file" else nearest(path.name, known) if known else ""
+        raise CheckpointError(text, "an adapter is a folder" if kind == "file" else "no such folder", hint)
     if not (path / CONFIG).is_file():
         raise CheckpointError(str(path), f"holds no {CONFIG}", f"an adapter folder is what {written_by} writes")
-    return AdapterFolder(path, revision, repository)
+    places.refuse_link(path / CONFIG, path)
+    return AdapterFolder(path, revision, repository, missing)

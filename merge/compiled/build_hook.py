@@ -20,18 +20,15 @@ LIBRARY = HERE / "kernels.native"  # no name of a module, since it is none
 _FLAGS = ("-O3", "-std=c11", "-ffp-contract=off", "-fPIC", "-shared", "-fvisibility=hidden")
 
 
-def compiled() -> bool:
-    """Compile the library; tell whether there is one now."""
+def compiled() -> str:
+    """Compile the library; say why there is none, or nothing where there is one now."""
     LIBRARY.unlink(missing_ok=True)
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
-        print("portmanteau: no C compiler: merges will be made by torch alone, which is slower", file=sys.stderr)
-        return False
+        return "there is no C compiler: merges will be made by torch alone, which is slower"
     command = [*compiler.split(), *_FLAGS, "-o", str(LIBRARY), str(HERE / "kernels.c"), "-lm"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        print(f"portmanteau: not compiled, merges will be slower:\n{done.stderr}", file=sys.stderr)
-    return LIBRARY.is_file()
+    return f"kernels.c was not compiled, so merges will be slower:\n{done.stderr}" if done.returncode else ""
 
 
 class KernelsHook(BuildHookInterface[Any]):
@@ -41,12 +38,17 @@ class KernelsHook(BuildHookInterface[Any]):
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compile; a wheel that holds the library is one for this platform, and for any Python 3."""
-        if self.target_name == "wheel" and compiled():
-            platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
-            build_data["pure_python"] = False
-            build_data["tag"] = f"py3-none-{platform}"
-            build_data["artifacts"].append(LIBRARY.relative_to(Path(self.root).resolve()).as_posix())
+        if self.target_name != "wheel":
+            return
+        reason = compiled()
+        if reason:
+            self.app.display_warning(reason)
+            return
+        platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+        build_data["pure_python"] = False
+        build_data["tag"] = f"py3-none-{platform}"
+        build_data["artifacts"].append(LIBRARY.relative_to(Path(self.root).resolve()).as_posix())
 
 
 if __name__ == "__main__":
-    sys.exit(0 if compiled() else 1)
+    sys.exit(compiled())

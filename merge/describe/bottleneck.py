@@ -9,8 +9,9 @@ from typing import Any
 
 from ..adapters.bottleneck import SETUP, Bottleneck, module_of, open_bottleneck
 from ..adapters.folder import CONFIG
-from ..companions import read_json
 from ..errors import CheckpointError
+from ..files.json_file import read_json
+from ..files.places import user_path
 from ..tensor_spec import TensorSpec
 from .tensors import described, group
 
@@ -20,7 +21,7 @@ _OUTSIDE = -1
 
 def is_bottleneck(reference: str | Path) -> bool:
     """Tell whether a path is that of a folder which the library adapters reads: one adapter, or a composition."""
-    folder = Path(reference).expanduser()
+    folder = user_path(reference)
     if (folder / SETUP).is_file():
         return True
     return (folder / CONFIG).is_file() and "peft_type" not in read_json(folder / CONFIG)
@@ -31,7 +32,7 @@ def adapters(reference: str | Path, *, tensors: bool = False) -> dict[str, Any]:
 
     Raises CheckpointError where one of them cannot be opened.
     """
-    opened = _opened(Path(reference).expanduser())
+    opened = _opened(user_path(reference))
     specs = {key: one.stored.specs[own] for one in opened for key, own in one.tensors.items()}
     groups = [row for one in opened for row in _groups(one, several=len(opened) > 1)]
     return {"about": [_adapter(one) for one in opened], **described(specs, groups, tensors=tensors)}

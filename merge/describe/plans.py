@@ -50,13 +50,15 @@ def _short(value: object) -> str:
 def reference(where: str, *, tensors: bool = False) -> dict[str, Any]:
     """Describe what a reference stands for: a checkpoint, or what is no model, with what it is under `about`.
 
+    Of a model on the Hub only the headers are fetched.
+
     Raises CheckpointError where it cannot be opened.
     """
     if is_bottleneck(where):
         return adapters(where, tensors=tensors)
     if is_sparse(where):
         return sparse_fine_tune(where, tensors=tensors)
-    return checkpoint(open(where), tensors=tensors)
+    return checkpoint(open(where, weights=False), tensors=tensors)
 
 
 def checkpoint(opened: Checkpoint, *, tensors: bool = False) -> dict[str, Any]:

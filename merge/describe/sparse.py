@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from ..files.places import user_path
 from ..names import Layers, Stack
 from ..sparse.file import DENSE, INDICES, PUBLISHED, VALUES, WEIGHTS, SparseFineTune, open_sparse
 from .tensors import OUTSIDE, described, group
@@ -13,7 +14,7 @@ from .tensors import OUTSIDE, described, group
 
 def is_sparse(reference: str | Path) -> bool:
     """Tell whether a path is that of a sparse fine-tune, in our form or the published one."""
-    path = Path(reference).expanduser()
+    path = user_path(reference)
     return path.name in (WEIGHTS, PUBLISHED) or any((path / name).is_file() for name in (WEIGHTS, PUBLISHED))
 
 

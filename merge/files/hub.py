@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-from ..companions import is_companion, read_json
+from ..companions import is_companion
 from ..errors import CheckpointError
+from .json_file import INDEX_BYTES, INDEX_VALUES, read_json
+from .remote_file import RemoteFile
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?|[A-Za-z0-9][\w.-]*@[\w./-]+")
 Kinds = tuple[tuple[str, str], ...]  # names of weight files: whole, and the index of shards; the best first
@@ -16,6 +22,8 @@ MODEL = (
 )
 ADAPTER = (("adapter_model.safetensors", ""), ("adapter_model.bin", ""))
 BOTTLENECK = (("adapter.safetensors", ""), ("pytorch_adapter.bin", ""))  # of AdapterHub's library adapters
+_NOTHING = ".nothing"  # a pattern that fits no file
+_AT_ONCE = 8  # requests for headers
 NOT_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*)\.(bin|pt|pth)")
 
 
@@ -36,6 +44,60 @@ def download(repository: str, revision: str | None = None, kinds: Kinds = MODEL,
     Raises CheckpointError where it is unknown, gated, or neither cached nor reachable.
     """
     from huggingface_hub import snapshot_download
+
+    with _explained(repository, revision):
+        found = _listed(repository, revision)
+        needed = _needed(repository, revision, found.names, kinds, also) if found is not None else None
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=needed))
+
+
+@dataclass(frozen=True)
+class Glance:
+    """A repository without its weights: the folder that holds the rest, and the headers of what is not there."""
+
+    folder: Path
+    missing: Mapping[str, RemoteFile]
+
+
+def glance(repository: str, revision: str | None = None, kinds: Kinds = MODEL, also: tuple[str, ...] = ()) -> Glance:
+    """Give what `download` would, but only the headers of `.safetensors` files that are not in the cache.
+
+    Raises CheckpointError where it is unknown, gated, or neither cached nor reachable.
+    """
+    from huggingface_hub import hf_hub_url, snapshot_download, try_to_load_from_cache
+
+    with _explained(repository, revision):
+        found = _listed(repository, revision)
+        if found is None or found.commit is None:  # the Hub cannot be asked: what is cached must do
+            return Glance(download(repository, revision, kinds, also), {})
+        commit = found.commit
+        needed = _needed(repository, commit, found.names, kinds, also)
+        absent = [
+            name
+            for name in needed
+            if name.endswith(".safetensors")
+            and not isinstance(try_to_load_from_cache(repository, name, revision=commit), str)
+        ]
+        rest = [name for name in needed if name not in absent]
+        folder = Path(snapshot_download(repository, revision=commit, allow_patterns=rest or [_NOTHING]))
+
+        def header(name: str) -> RemoteFile | CheckpointError:
+            try:
+                return RemoteFile(folder / name, f"{repository}/{name}", hf_hub_url(repository, name, revision=commit))
+            except CheckpointError as error:
+                return error
+
+        with ThreadPoolExecutor(_AT_ONCE, "header") as pool:
+            made = dict(zip(absent, pool.map(header, absent), strict=True))
+    mistakes = [mistake for one in made.values() if isinstance(one, CheckpointError) for mistake in one.mistakes]
+    if mistakes:
+        raise CheckpointError.of(mistakes)
+    return Glance(folder, {name: one for name, one in made.items() if isinstance(one, RemoteFile)})
+
+
+@contextmanager
+def _explained(repository: str, revision: str | None) -> Iterator[None]:
+    """Turn the errors of huggingface_hub into our own."""
     from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError: httpx's, or httpx2's
         HFValidationError,
         HTTPError,
@@ -46,11 +108,7 @@ def download(repository: str, revision: str | None = None, kinds: Kinds = MODEL,
 
     where = f"{repository}@{revision}" if revision else repository
     try:
-        names = _listed(repository, revision)
-        needed = None if names is None else _needed(repository, revision, names, kinds)
-        if needed is not None and names is not None:
-            needed += [name for name in also if name in names]
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=needed))
+        yield
     except LocalEntryNotFoundError as error:
         hint = "check the network, or download it first on a machine that has one: hf download " + repository
         raise CheckpointError(where, "not in the local cache, and the Hub cannot be reached", hint) from error
@@ -65,34 +123,46 @@ def download(repository: str, revision: str | None = None, kinds: Kinds = MODEL,
         raise CheckpointError(where, f"cannot be downloaded ({first})", "try again later") from error
 
 
-def _listed(repository: str, revision: str | None) -> list[str] | None:
+@dataclass(frozen=True)
+class _Listing:
+    """The files of a repository, and the commit; None where only the cache could tell."""
+
+    names: list[str]
+    commit: str | None
+
+
+def _listed(repository: str, revision: str | None) -> _Listing | None:
     """List the files of a repository: on the Hub, or, where that cannot be asked, as the cache remembers them."""
     import huggingface_hub
     from huggingface_hub.errors import HTTPError, RevisionNotFoundError  # type: ignore[attr-defined]
 
     try:
         found = huggingface_hub.HfApi().model_info(repository, revision=revision)
-        return [sibling.rfilename for sibling in found.siblings or ()]
+        return _Listing([sibling.rfilename for sibling in found.siblings or ()], found.sha)
     except RevisionNotFoundError:
         raise
     except (HTTPError, OSError):  # the download says why, if the cache cannot help
         pass
     try:
-        return [file.path for file in huggingface_hub.get_cached_repo_tree(repository, revision=revision)]
+        return _Listing(
+            [file.path for file in huggingface_hub.get_cached_repo_tree(repository, revision=revision)], None
+        )
     except Exception:  # a huggingface_hub that keeps no list, or a cache that one has filled: then it is not checked
         return None
 
 
-def _needed(repository: str, revision: str | None, names: list[str], kinds: Kinds) -> list[str]:
+def _needed(repository: str, revision: str | None, names: list[str], kinds: Kinds, also: tuple[str, ...]) -> list[str]:
     """Choose the companions, and the weights: the shards of an index, one whole file, or else what there is."""
     from huggingface_hub import hf_hub_download
 
-    companions = [name for name in names if is_companion(name)]
+    companions = [name for name in names if is_companion(name) or name in also]
     for whole, index in kinds:
         if index in names:
-            shards = read_json(Path(hf_hub_download(repository, index, revision=revision))).get("weight_map")
+            path = Path(hf_hub_download(repository, index, revision=revision))
+            shards = read_json(path, INDEX_BYTES, INDEX_VALUES).get("weight_map")
             found = shards.values() if isinstance(shards, dict) else ()
-            return [*companions, index, *dict.fromkeys(name for name in found if name in names)]
+            listed = set(names)
+            return [*companions, index, *dict.fromkeys(one for one in found if isinstance(one, str) and one in listed)]
         if whole in names:
             return [*companions, whole]
     top = [name for name in names if "/" not in name and not NOT_WEIGHTS.fullmatch(name)]

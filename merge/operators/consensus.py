@@ -19,9 +19,15 @@ Strictness = Annotated[
 ]
 
 
-def too_few(*, count: int, agreeing: int = 2) -> str:
+Task = Annotated[
+    int, Field(ge=0, description="k: keep of the sum what serves the k-th model, its own mask; 0: what `agreeing` says")
+]
+
+
+def too_few(*, count: int, agreeing: int = 2, task: int = 0) -> str:
     """Refuse to ask for more models than there are."""
-    return f"agreeing is {agreeing}, and {count} models are given" if agreeing > count else ""
+    asked = ("task", task) if task else ("agreeing", agreeing)
+    return f"{asked[0]} is {asked[1]}, and {count} models are given" if asked[1] > count else ""
 
 
 @operator(
@@ -35,13 +41,15 @@ def consensus(
     weight: PerModel[Weight] = 1.0,
     strictness: PerModel[Strictness] = 0.4,
     agreeing: Annotated[int, Field(ge=0, description="keep an entry that serves at least so many models")] = 2,
+    task: Task = 0,
     scale: Scale = 1.0,
     part: Part = WHOLE,
 ) -> Tensor:
     """Add up deltas, and drop the entries that serve no model (catastrophic) or only one (selfish).
 
-    Formula: λ m Σ wᵢ dᵢ, where m is 1 where at least k models have |dᵢ| > sᵢ |Σⱼ wⱼ dⱼ − dᵢ| (their TALL mask). The
-    paper chooses s from 0.2 to 0.6 for each model on its validation data. Shapes: deltas [n, *shape] → delta [*shape].
+    Formula: λ m Σ wᵢ dᵢ, where m is 1 where at least k models have |dᵢ| > sᵢ |Σⱼ wⱼ dⱼ − dᵢ| (their TALL mask), or
+    where the model of `task` has. The paper chooses s from 0.2 to 0.6 for each model on its validation data.
+    Shapes: deltas [n, *shape] → delta [*shape].
 
     >>> import torch
     >>> consensus(torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0]]), strictness=0.5)  # 1 > ½·1 | 0 > ½·1 | 1 > ½·1
@@ -51,6 +59,7 @@ def consensus(
 
     total = weighted_sum(deltas, each(weight, len(deltas)))
     served = torch.zeros_like(total, dtype=torch.int32)
-    for delta, factor in zip(deltas, each(strictness, len(deltas)), strict=True):
-        served += delta.abs() > (total - delta).abs_().mul_(factor)
-    return total.masked_fill_(served < agreeing, 0.0).mul_(scale)
+    factors = each(strictness, len(deltas))
+    for i in [task - 1] if task else range(len(deltas)):
+        served += deltas[i].abs() > (total - deltas[i]).abs_().mul_(factors[i])
+    return total.masked_fill_(served < (1 if task else agreeing), 0.0).mul_(scale)

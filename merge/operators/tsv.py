@@ -36,8 +36,7 @@ def _components(parts: Parts, model: int) -> tuple[Tensor, Tensor, Tensor]:
     """Give the largest singular components of one delta, as many as a model's share of the rank: u, s, v."""
     import torch
 
-    delta = torch.cat([deltas[model].reshape(-1) for (deltas, *_) in parts]).view(parts.shape)
-    u, s, v = torch.linalg.svd(delta, full_matrices=False)
+    u, s, v = torch.linalg.svd(parts.gathered(model), full_matrices=False)
     kept = max(1, len(s) // parts.models)
     return u[:, :kept].clone(), s[:kept], v[:kept].clone()
 

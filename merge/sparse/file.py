@@ -12,6 +12,7 @@ fingerprint. The published form `pytorch_diff.bin` is read too.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,7 +23,8 @@ from ..checkpoint import Checkpoint
 from ..companions import Companions
 from ..dtypes import is_float
 from ..errors import CheckpointError, Mistake, nearest
-from ..files import hub
+from ..files import hub, places
+from ..files.json_file import parsed
 from ..form import Form
 from ..in_memory import InMemory
 from ..node import Source
@@ -33,6 +35,7 @@ WEIGHTS = "sparse_fine_tune.safetensors"
 PUBLISHED = pytorch_diff.WEIGHTS
 INDICES, VALUES, DENSE = ":indices", ":values", ":dense"
 _KIND = "sparse_fine_tune"
+_MOST_DIMENSIONS = 64
 _FOLDER = f"a sparse fine-tune is a folder with {WEIGHTS} or {PUBLISHED}"
 
 
@@ -126,23 +129,43 @@ def in_memory(
     return SparseFineTune(label, stored, kept, base, dict(details or {}))
 
 
-def open_sparse(reference: str | Path, *, revision: str | None = None, label: str | None = None) -> SparseFineTune:
+def open_sparse(
+    reference: str | Path, *, revision: str | None = None, label: str | None = None, weights: bool = True
+) -> SparseFineTune:
     """Open a folder, or a Hub id `ORG/NAME[@REVISION]`, with a sparse fine-tune, in our form or the published one.
+
+    With `weights=False` only the header of what is on the Hub is fetched, where its file has one.
 
     Raises CheckpointError where there is none, or where the file contradicts itself.
     """
-    path, text = Path(reference).expanduser(), str(reference)
+    path, text = places.user_path(reference), str(reference)
     label = label or text
-    if not path.exists() and hub.is_hub_id(text) and not (isinstance(reference, Path) and path.is_absolute()):
+    kinds = ((WEIGHTS, ""), (PUBLISHED, ""))
+    if (
+        places.kind(path) == "nothing"
+        and hub.is_hub_id(text)
+        and not (isinstance(reference, Path) and path.is_absolute())
+    ):
         repository, _, tag = text.partition("@")
-        path = hub.download(repository, revision or tag or None, ((WEIGHTS, ""), (PUBLISHED, "")))
-    if not path.exists():
-        known = [sibling.name for sibling in path.parent.glob("*")] if path.parent.is_dir() else []
+        commit = revision or tag or None
+        found = (
+            hub.Glance(hub.download(repository, commit, kinds), {})
+            if weights
+            else hub.glance(repository, commit, kinds)
+        )
+        path = found.folder
+        if WEIGHTS in found.missing:
+            missing = StoredCheckpoint(label, [found.missing[WEIGHTS]], Companions())
+            return _ours(missing, path / WEIGHTS, label)
+    if places.kind(path) == "nothing":
+        known = places.neighbours(path)
         raise CheckpointError(text, "no such folder", nearest(path.name, known) if known else "")
-    found = [path] if path.is_file() else [path / name for name in (WEIGHTS, PUBLISHED)]
-    file = next((file for file in found if file.is_file()), None)
+    files = [path] if path.is_file() else [path / name for name, _ in kinds]
+    file = next((file for file in files if file.is_file()), None)
     if file is None:
         raise CheckpointError(str(path), f"holds no {WEIGHTS}", _FOLDER)
+    if file != path:
+        places.refuse_link(file, path)
     if file.suffix == ".safetensors":
         return _ours(open(file, label=label), file, label)
     decoded = pytorch_diff.read(file)
@@ -155,8 +178,8 @@ def _ours(stored: StoredCheckpoint, file: Path, label: str) -> SparseFineTune:
     if about.pop("kind", None) != _KIND:
         raise CheckpointError(str(file), "is no sparse fine-tune: its metadata do not say so", _FOLDER)
     try:
-        shapes = {name: tuple(map(int, shape)) for name, shape in json.loads(about.pop("shapes", "")).items()}
-    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        shapes = {name: _shape(shape) for name, shape in parsed(about.pop("shapes", "").encode()).items()}
+    except (ValueError, AttributeError) as error:
         raise CheckpointError(str(file), f"its metadata give no shapes ({error})", "build it again") from error
     mistakes = []
     for name in stored.specs:
@@ -168,8 +191,17 @@ def _ours(stored: StoredCheckpoint, file: Path, label: str) -> SparseFineTune:
             mistakes += _contradictions(stored, str(file), name, shape)
     if mistakes:
         raise CheckpointError.of(mistakes)
-    del about["format"]
+    about.pop("format", None)
     return SparseFineTune(label, stored, shapes, about.pop("base", ""), about)
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    """Read a shape. Raises ValueError for what is none."""
+    if not isinstance(value, list) or len(value) > _MOST_DIMENSIONS:
+        raise ValueError("a shape is a list of sizes")
+    if not all(type(size) is int and 0 <= size < 1 << 63 for size in value):
+        raise ValueError("a shape is a list of sizes")
+    return tuple(value)
 
 
 def _contradictions(stored: StoredCheckpoint, where: str, name: str, shape: tuple[int, ...]) -> list[Mistake]:
@@ -179,10 +211,7 @@ def _contradictions(stored: StoredCheckpoint, where: str, name: str, shape: tupl
         return [Mistake(where, f"{name}: positions {list(indices.shape)} and values do not go together")]
     if indices.dtype != "I64" or not is_float(values.dtype):
         return [Mistake(where, f"{name}: positions are {indices.dtype} and values {values.dtype}")]
-    entries = 1
-    for size in shape:
-        entries *= size
-    if indices.entries > entries or min(shape, default=0) < 0:
+    if indices.entries > math.prod(shape):
         return [Mistake(where, f"{name}: {indices.entries} positions in a tensor of {list(shape)}")]
     return []
 

@@ -14,8 +14,11 @@ def fingerprint(checkpoint: StoredCheckpoint) -> str:
     """Give a digest (BLAKE3) of all names, dtypes and shapes, and of 4 KiB of every tensor, in runs spread over it.
 
     It does not depend on how the tensors are spread over files. Two checkpoints that differ only in a few entries can
-    have the same one: it tells models apart, it does not prove that files are whole.
+    have the same one: it tells models apart, it does not prove that files are whole. Of a checkpoint whose bytes are
+    still on the Hub it is empty.
     """
+    if checkpoint.bytes_to_download:
+        return ""
     hasher = blake3.blake3()
     for name in sorted(checkpoint.specs):
         spec = checkpoint.specs[name]

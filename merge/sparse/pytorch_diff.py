@@ -8,18 +8,26 @@ reference decodes three dimensions and more, and positions from 2³¹ on, wrongl
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..dtypes import is_known
+from ..dtypes import is_float, torch_dtype
 from ..errors import CheckpointError, Mistake
+from ..files.pickled import Builder, Built, PickleError
+from ..files.torch_file import TorchTensors
+from ..files.torch_values import NAMES, StoredTensor
+from ..tensor_spec import TensorSpec, name_mistake
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 WEIGHTS = "pytorch_diff.bin"
+_MOST_PICKLE = 64 << 20  # bytes: some thirty million steps
+_MOST_DIMENSIONS = 64
+_LARGEST = 1 << 63
 
 
 @dataclass(frozen=True)
@@ -33,22 +41,26 @@ class Decoded:
 
 def read(path: Path) -> Decoded:
     """Read a file without running anything in it. Raises CheckpointError, with every mistake found."""
-    found = _unpickled(path)
+    file = TorchTensors(path, _NAMES, _MOST_PICKLE, "files that carry code are never executed")
+    found = file.value
     diffs, dense = (found.get(key) if isinstance(found, dict) else None for key in ("diffs", "abs"))
     if not isinstance(diffs, dict) or not isinstance(dense, dict):
         raise CheckpointError(str(path), "holds no `diffs` and `abs`", "composable-sft's SFT.save writes both")
-    sparse, shapes, mistakes = {}, {}, []
+    sparse, shapes, whole = {}, {}, {}
+    mistakes = [Mistake(f"{path}: {name}", what) for name in (*diffs, *dense) if (what := name_mistake(str(name)))]
     for name, entry in diffs.items():
         try:
-            sparse[str(name)], shapes[str(name)] = _decoded(entry)
-        except (ValueError, TypeError, KeyError, OverflowError) as error:
+            sparse[str(name)], shapes[str(name)] = _decoded(file, str(name), entry)
+        except ValueError as error:
             mistakes.append(Mistake(str(path), f"{name}: {error}", "save or download it again"))
     for name, tensor in dense.items():
-        if not (hasattr(tensor, "dtype") and is_known(tensor.dtype)):
+        if isinstance(tensor, StoredTensor):
+            whole[str(name)] = _read(file, str(name), tensor)
+        else:
             mistakes.append(Mistake(str(path), f"{name}: a {type(tensor).__name__} where a tensor was expected"))
     if mistakes:
         raise CheckpointError.of(mistakes)
-    return Decoded(sparse, shapes, {str(name): tensor for name, tensor in dense.items()})
+    return Decoded(sparse, shapes, whole)
 
 
 def write(path: Path, content: Decoded) -> None:
@@ -66,40 +78,66 @@ def write(path: Path, content: Decoded) -> None:
     path.write_bytes(whole.getbuffer())
 
 
-def _unpickled(path: Path) -> Any:
-    """Unpickle with weights only; the first step of every tensor is a numpy integer, spelled in one of two ways."""
-    import numpy as np
+@dataclass
+class _Dtype(Built):
+    """Stands for a numpy dtype; its state says the byte order."""
+
+    code: str = ""
+
+
+def _integer(dtype: Any, raw: Any) -> int:
+    """Stand for a numpy integer: the first step of every tensor is one."""
+    if not isinstance(dtype, _Dtype) or dtype.code not in _INTEGERS or type(raw) is not bytes:
+        raise PickleError("a numpy value that is no integer")
+    big = isinstance(dtype.state, tuple) and dtype.state[1:2] == (">",)
+    return int.from_bytes(raw[:8], "big" if big else "little", signed=dtype.code[0] == "i")
+
+
+def _bytes(text: Any, encoding: Any) -> bytes:
+    if type(text) is not str or len(text) > 8 or encoding != "latin1":
+        raise PickleError("a text that stands for no number")
+    return text.encode("latin1")
+
+
+_INTEGERS = [f"{sign}{size}" for sign in "iu" for size in (1, 2, 4, 8)]
+_NAMES = {
+    **NAMES,
+    "numpy dtype": Builder(lambda code, *_: _Dtype(code=code)),
+    "numpy.core.multiarray scalar": Builder(_integer),
+    "numpy._core.multiarray scalar": Builder(_integer),
+    "_codecs encode": Builder(_bytes),
+}
+
+
+def _read(file: TorchTensors, name: str, tensor: StoredTensor) -> Tensor:
+    """Read a whole tensor."""
     import torch
-    from numpy._core.multiarray import scalar
 
-    allowed: list[Any] = [
-        (scalar, "numpy.core.multiarray.scalar"),
-        (scalar, "numpy._core.multiarray.scalar"),
-        np.dtype,
-        np.dtypes.Int64DType,
-    ]
-    try:
-        with torch.serialization.safe_globals(allowed):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle can lead anywhere in the unpickler
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        hint = "files that carry code are never executed"
-        raise CheckpointError(str(path), f"not a file of plain tensors ({first})", hint) from error
+    raw = torch.empty(TensorSpec(name, tensor.dtype, tensor.shape).nbytes, dtype=torch.uint8)
+    file.read_into(name, tensor, raw.numpy().data, 0)
+    return raw.view(torch_dtype(tensor.dtype)).reshape(tensor.shape)
 
 
-def _decoded(entry: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, ...]]:
+def _decoded(file: TorchTensors, name: str, entry: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, ...]]:
     """Decode one tensor. Raises ValueError where it contradicts itself."""
     import torch
 
-    size, values = tuple(int(one) for one in entry["size"]), entry["values"]
-    steps = torch.tensor([int(step) for step in entry["index_steps"]], dtype=torch.int64)
-    entries = 1
-    for one in size:
-        entries *= one
-    if not isinstance(values, torch.Tensor) or values.shape != steps.shape or not values.dtype.is_floating_point:
+    parts = [entry.get(key) if isinstance(entry, dict) else None for key in ("size", "index_steps", "values")]
+    size, listed, stored = parts
+    if not isinstance(size, tuple) or not all(type(one) is int and 0 <= one < _LARGEST for one in size):
+        raise ValueError("its size is no shape")
+    if not isinstance(listed, list) or not all(type(step) is int and 0 <= step < _LARGEST for step in listed):
+        raise ValueError("its index_steps are no list of steps")
+    entries = math.prod(size[:_MOST_DIMENSIONS])
+    if len(size) > _MOST_DIMENSIONS or entries >= _LARGEST or sum(listed) >= max(entries, 1):
+        raise ValueError(f"its positions do not lie in order in a tensor of {list(size[:_MOST_DIMENSIONS])}")
+    steps = torch.tensor(listed, dtype=torch.int64)
+    fits = isinstance(stored, StoredTensor) and stored.shape == (len(listed),) and is_float(stored.dtype)
+    if not isinstance(stored, StoredTensor) or not fits:
         raise ValueError(f"{len(steps)} positions do not go with its values")
+    values = _read(file, name, stored)
     flat = steps.cumsum(0)
-    if len(steps) and (int(steps[0]) < 0 or bool((steps[1:] <= 0).any()) or int(flat[-1]) >= entries):
+    if len(steps) and (bool((steps[1:] <= 0).any()) or int(flat[-1]) >= entries):
         raise ValueError(f"its positions do not lie in order in a tensor of {list(size)}")
     indices, order = _row_major(flat, size).sort()
     return (indices, values[order]), size
