@@ -24,7 +24,7 @@ from .journal import Finished, Journal
 from .limits import Limits
 from .node import Step, Survey
 from .non_finite import Choice, Watch
-from .output import Work, check_place, healed, published
+from .output import Work, check_place, healed, is_result, published
 from .plan import Plan, make_plan
 from .progress import Progress
 from .receipt import Done, Receipt, file_records, make_receipt, surveys
@@ -91,7 +91,7 @@ def build(
 
 def _standing(out: Path, made_from: Identity | None, non_finite: str) -> Receipt | str:
     """Give the receipt of a result that stands there and is what is asked for; else how it differs, as far as known."""
-    if made_from is None or not out.is_dir() or out.is_symlink():
+    if made_from is None or not is_result(out):
         return ""
     return up_to_date(out, made_from, non_finite)
 

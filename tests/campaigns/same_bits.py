@@ -43,6 +43,7 @@ COMPOSITIONS = {
     "assemble": 'assemble: {parts: {"*mlp*": a, "*": b}}',
     "average": "average: {models: [a, b, base], weights: [1, 2, 3]}",
     "average_adapters": f"average_adapters: {{adapters: {{{_ADAPTERS}/first: 0.3, {_ADAPTERS}/second: 0.7}}, name: x}}",
+    "emr_task": "emr_task: {base: base, task: a, others: [b]}",
     "extract_lora": "extract_lora: {base: base, tuned: a, energy: 0.5}",
     "extract_sparse": "extract_sparse: {base: base, tuned: a, density: 0.07}",
     "fisher": "fisher: {models: [a, b], fishers: [fisher-a, fisher-b]}",
