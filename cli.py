@@ -19,9 +19,11 @@ from portmanteau.compositions import (
     compose,
     greedy_soup,
     load,
+    lock_file,
     measured_by,
     overlaps,
     preflight,
+    rebuilt,
     reference_page,
 )
 from portmanteau.compositions.one_off import options as one_off_options
@@ -34,8 +36,8 @@ from portmanteau.compositions.reference import markdown as reference_markdown
 from portmanteau.compositions.reports import built, maps, page, tables
 from portmanteau.compositions.reports import png as heat_map
 from portmanteau.merge import describe
-from portmanteau.merge.execute import MEMORY, Limits
 from portmanteau.merge.files.upload import Target, check_target, upload
+from portmanteau.merge.limits import MEMORY, Limits
 from portmanteau.merge.origins import strips
 from portmanteau.merge.output import check_file
 from portmanteau.merge.plugins.discovery import announce
@@ -75,6 +77,8 @@ Memory = Annotated[int, typer.Option(parser=_bytes, metavar="SIZE", help=_MEMORY
 
 _DEVICE_HELP = "Where torch computes: cpu, cuda, cuda:1 …; bytes that are only copied never go there."
 Device = Annotated[str, typer.Option(metavar="DEVICE", help=_DEVICE_HELP)]
+_NON_FINITE_HELP = "What to do where an input or the result has NaN or infinity."
+NonFinite = Annotated[Literal["error", "warn", "keep"], typer.Option("--non-finite", help=_NON_FINITE_HELP)]
 
 
 def _announce(modules: list[str] | None) -> list[str] | None:
@@ -104,16 +108,23 @@ def build(
     threads: Threads = None,
     memory: Memory = MEMORY,
     device: Device = "cpu",
-    force: Annotated[bool, typer.Option(help="Replace an earlier result.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier result.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start anew: continue no build that was ended.")] = False,
+    non_finite: NonFinite = "error",
+    locked: Annotated[bool, typer.Option("--locked", help="Refuse inputs other than those in RECIPE.lock.")] = False,
     plugin: Plugin = None,
     as_json: Json = False,
     push: Push = None,
     public: Public = False,
 ) -> None:
-    """Plan and build: write the model that a recipe asks for."""
+    """Plan and build: write the model that a recipe asks for. A build that was ended is continued."""
     if push:
         check_target(Target(push, public), force=force)
-    ready = preflight(recipe, out, force=force)
+    loaded = None
+    if locked:
+        with _drawn_progress() as progress:
+            loaded = lock_file.held_to_lock(load(recipe), threads=threads, progress=progress)
+    ready = preflight(loaded or recipe, out, force=force, may_stand=True)
     loaded, composed = ready.recipe, ready.composed
     _notes([*composed.notes, *describe.lacks(composed.companions)])
     if ready.bytes_to_download:
@@ -129,12 +140,17 @@ def build(
             memory=memory,
             device=device,
             force=force,
+            fresh=fresh,
+            non_finite=non_finite,
             recipe=loaded.text,
+            recipe_folder=loaded.folder,
             progress=progress,
         )
-    _notes([note for note in receipt.notes if note not in composed.notes])  # what only surveys could tell
+    _notes([note for note in receipt.notes if note not in composed.notes])  # what only the weights could tell
     if as_json:
         _print_json({"out": str(out), **asdict(receipt)})
+    elif receipt.outcome == "up to date":
+        _say(f"{out}: up to date")
     else:
         _say(f"{out}: {len(receipt.outputs)} tensors in {receipt.seconds:.1f} s")
     if push:
@@ -151,6 +167,47 @@ def publish(
     """Publish a finished result on the Hub, in a private repository unless --public says otherwise."""
     check_target(Target(repository, public), force=force)
     _say(f"published: {upload(out, Target(repository, public))}")
+
+
+@app.command()
+def verify(
+    out: Annotated[Path, typer.Argument(help="A folder that portmanteau built.", show_default=False)],
+    rebuild: Annotated[
+        bool,
+        typer.Option("--rebuild", help="Make every tensor again, without writing: does the recipe give these bits?"),
+    ] = False,
+    folder: Annotated[
+        Path | None, typer.Option(help="With --rebuild: what the recipe's paths are relative to.", show_default=False)
+    ] = None,
+    threads: Threads = None,
+    plugin: Plugin = None,
+    as_json: Json = False,
+) -> None:
+    """Compare a result, every byte of it, with its receipt; name each tensor and file that differs."""
+    with _drawn_progress() as progress:
+        found = merge.verify(out, threads=threads, progress=progress)
+        differing = rebuilt(out, folder=folder, threads=threads, progress=progress) if rebuild else ()
+    mistakes = (*found.damaged, *differing)
+    if as_json:
+        _print_json({**asdict(found), "rebuilt": [asdict(one) for one in differing] if rebuild else None})
+    else:
+        for mistake in mistakes:
+            _say(str(mistake))
+        again = ", and the recipe gives these bits" if rebuild else ""
+        what = f"{found.tensors} tensors and {found.files} files, {readable(found.nbytes)}"
+        _print(f"{out}: {len(mistakes)} damaged, of {what}" if mistakes else f"{out}: whole{again}: {what}")
+    raise typer.Exit(1 if mistakes else 0)
+
+
+@app.command()
+def lock(recipe: Recipe, threads: Threads = None, plugin: Plugin = None, as_json: Json = False) -> None:
+    """Write RECIPE.lock: the revision and the digest of every file that the recipe reads."""
+    with _drawn_progress() as progress:
+        path, files = lock_file.write(load(recipe), threads=threads, progress=progress)
+    if as_json:
+        _print_json({"lock": str(path), "files": files})
+    else:
+        _say(f"{path}: {files} files; portmanteau build --locked takes no other")
 
 
 @app.command()
@@ -596,10 +653,15 @@ def _drawn_progress() -> Iterator[merge.Progress]:
     """Draw bars on stderr, where that is a terminal; what draws them is not even imported where it is none."""
     try:
         with _bars() if sys.stderr.isatty() else nullcontext() as bars:
-            yield _Drawn(bars) if bars else merge.Progress()
-    except KeyboardInterrupt:
-        _say("interrupted: nothing was written")
+            yield _Drawn(bars) if bars else _Telling()
+    except KeyboardInterrupt as error:
+        _say(": ".join(["interrupted", *_added(error)]))
         raise
+
+
+def _added(error: BaseException) -> list[str]:
+    """Give what was added to an error on its way: what stays of a build."""
+    return getattr(error, "__notes__", [])
 
 
 def _bars() -> Bars:
@@ -617,7 +679,15 @@ def _bars() -> Bars:
     )
 
 
-class _Drawn(merge.Progress):
+class _Telling(merge.Progress):
+    """Tells, where nothing is drawn, what the user should know."""
+
+    def tell(self, text: str) -> None:
+        """Say it."""
+        _say(f"note: {text}")
+
+
+class _Drawn(_Telling):
     """Draws what a build tells."""
 
     def __init__(self, bars: Bars) -> None:
@@ -629,6 +699,10 @@ class _Drawn(merge.Progress):
         """Begin a bar."""
         self._done = 0
         self._task = self._bars.add_task(printable(title), total=nbytes, done=0, tensors=tensors)
+
+    def tell(self, text: str) -> None:
+        """Say it above the bars."""
+        self._bars.console.print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)
 
     def advance(self, nbytes: int, tensors: int = 0) -> None:
         """Move the bar on."""
@@ -643,6 +717,7 @@ def main() -> None:
         app()
     except merge.PortmanteauError as error:
         _say(str(error))
+        _notes(_added(error))
         sys.exit(1)
 
 

@@ -18,6 +18,7 @@ from .lora import lora
 from .metric_command import measured_by
 from .overlap import Overlap, overlaps
 from .preflight import Preflight, preflight
+from .rebuilt import rebuilt
 from .recipe.reading import Recipe, load
 from .reports.comparison import changes, compare
 from .reports.rows import Changes, Comparison, Meetings
@@ -79,6 +80,7 @@ __all__ = [
     "measured_by",
     "overlaps",
     "preflight",
+    "rebuilt",
     "revert_sparse",
     "slices",
     "sparse_fine_tune",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from portmanteau.merge import Composed, Plan, PortmanteauError, RecipeError, StoredCheckpoint, Surveyed, make_plan
 from portmanteau.merge.errors import Mistake
-from portmanteau.merge.output import place_mistakes
+from portmanteau.merge.output import is_result, place_mistakes
 from portmanteau.merge.units import readable
 
 from .compose import compose
@@ -34,23 +34,29 @@ class Preflight:
     bytes_to_download: int
 
 
-def preflight(path: str | Path, out: str | Path | None = None, *, force: bool = False) -> Preflight:
+def preflight(
+    path: str | Path | Recipe, out: str | Path | None = None, *, force: bool = False, may_stand: bool = False
+) -> Preflight:
     """Check a recipe, the headers of all models that it names, and the place of the result, if one is named.
+
+    `may_stand`: a result that stands there is nothing wrong as long as nothing is to be downloaded: a build then looks
+    whether it is what is asked for.
 
     Raises RecipeError with everything found that would stop a build.
     """
     mistakes: list[Mistake] = []
     recipe = composed = plan = None
     try:
-        recipe = load(path)
+        recipe = path if isinstance(path, Recipe) else load(path)
         composed = compose(recipe, weights=False)
         plan = make_plan(composed, recipe.output.dtype)
     except PortmanteauError as error:
         mistakes += error.mistakes
+    wanted = sum(store.bytes_to_download for store in _stores(plan)) if plan else 0
     if out is not None:
+        force = force or (may_stand and not wanted and is_result(Path(out)))
         nbytes = plan.bytes_written + plan.companions.nbytes if plan else 0
         mistakes += place_mistakes(Path(out), nbytes=nbytes, force=force)
-    wanted = sum(store.bytes_to_download for store in _stores(plan)) if plan else 0
     mistakes += _cache_mistakes(wanted)
     if mistakes or recipe is None or composed is None or plan is None:
         raise RecipeError.of(mistakes)

@@ -3,10 +3,10 @@
 from . import operators
 from .adapters.adapter import Adapter, open_adapter
 from .adapters.bottleneck import Bottleneck, open_bottleneck
+from .building import build
 from .checkpoint import Checkpoint
 from .composed import Composed
 from .errors import CheckpointError, MergeError, OutputError, PortmanteauError, RecipeError
-from .execute import build
 from .in_memory import InMemory
 from .node import Source, Step, Survey
 from .operator import Operator, operator
@@ -17,6 +17,7 @@ from .sparse.file import SparseFineTune, open_sparse
 from .stored import StoredCheckpoint, open
 from .surveyed import Surveyed
 from .tensor_spec import TensorSpec
+from .verify import Verified, verify
 
 __all__ = [
     "Adapter",
@@ -40,6 +41,7 @@ __all__ = [
     "Survey",
     "Surveyed",
     "TensorSpec",
+    "Verified",
     "build",
     "make_plan",
     "open",
@@ -48,4 +50,5 @@ __all__ = [
     "open_sparse",
     "operator",
     "operators",
+    "verify",
 ]

@@ -109,6 +109,10 @@ class Companions:
         """Add what is written for another: what a survey settled."""
         return replace(self, texts={**self.texts, **other.texts}, derived={**self.derived, **other.derived})
 
+    def without_derived(self) -> Companions:
+        """Leave out what is made of the finished folder."""
+        return replace(self, derived={})
+
 
 def gather(folder: Path) -> Companions:
     """Find the companions in a checkpoint's folder.

@@ -7,7 +7,7 @@ pinned buffer out again only when the copies from it have been made. What is mad
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -52,15 +52,22 @@ class Device:
 
     name: str
 
-    def read(self, source: Source, part: slice | None = None) -> Tensor:
-        """Read a stored tensor, or a flat run of its entries, into the device's memory."""
+    def read(
+        self, source: Source, part: slice | None = None, look: Callable[[memoryview], None] | None = None
+    ) -> Tensor:
+        """Read a stored tensor, or a flat run of its entries, into the device's memory; `look` is shown the bytes."""
         spec = source.spec
         if self.name == CPU:
-            return source.checkpoint.read(spec.name, part)
+            values = source.checkpoint.read(spec.name, part)
+            if look is not None:
+                look(raw(values))
+            return values
         run = spec.run(part or slice(None))
-        raw = self._buffer((byte_size(spec.dtype, run.stop - run.start),), "U8")
-        source.checkpoint.read_into(spec.name, raw.numpy().data, byte_size(spec.dtype, run.start))
-        there = raw.view(torch_dtype(spec.dtype)).to(self.name, non_blocking=True)
+        stored = self._buffer((byte_size(spec.dtype, run.stop - run.start),), "U8")
+        source.checkpoint.read_into(spec.name, stored.numpy().data, byte_size(spec.dtype, run.start))
+        if look is not None:
+            look(stored.numpy().data)
+        there = stored.view(torch_dtype(spec.dtype)).to(self.name, non_blocking=True)
         return there.reshape(torch_shape(spec.dtype, spec.shape)) if part is None else there
 
     def fetched(self, values: Tensor) -> Tensor:
@@ -123,3 +130,11 @@ def alone(name: str) -> Iterator[None]:
     """Let torch compute on a device as the results' bits need it, whatever the program around has chosen."""
     with one_thread(), whole_products(), Device(name).enough_room():
         yield
+
+
+def raw(values: Tensor) -> memoryview:
+    """Give the bytes of a tensor."""
+    import torch
+
+    data: memoryview = values.contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return data

@@ -10,9 +10,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .device import CPU, Device
-from .dtypes import byte_size, torch_dtype
+from .dtypes import byte_size, is_float, torch_dtype
 from .errors import MergeError, Mistake, PortmanteauError
 from .node import Finding, Inputs, Made, Node, Source, Step, Survey, sources
+from .non_finite import Watch
 from .operator import Part, Parts, call
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class Session:
         found: the surveys' results.
         threads: how many parts a survey may read at once.
         device: where torch computes.
+        watch: is shown what is read, to find NaN and infinity; None where nobody asks.
 
     """
 
@@ -42,6 +44,7 @@ class Session:
     found: Mapping[Survey, Any] = field(default_factory=dict)
     threads: int = 1
     device: str = CPU
+    watch: Watch | None = None
 
     def spans(self, entries: int) -> Iterator[slice]:
         """Cut a tensor of so many entries into parts."""
@@ -71,8 +74,13 @@ class Evaluation:
     def value(self, node: Node, span: slice) -> Tensor:
         """Make a flat run of entries, in the dtype of a stored or made tensor, in the working one of a step."""
         if isinstance(node, Source):
-            return self._device.read(node, span)
+            return self._read(node, span)
         return self._made(node, span) if isinstance(node, Made) else self._applied(node, span)
+
+    def _read(self, source: Source, span: slice | None = None) -> Tensor:
+        watch = self._session.watch
+        look = partial(watch.see, source) if watch is not None and is_float(source.spec.dtype) else None
+        return self._device.read(source, span, look)
 
     def _made(self, node: Made, span: slice) -> Tensor:
         def read(index: int, part: slice | None) -> Tensor:
@@ -89,7 +97,7 @@ class Evaluation:
         import torch
 
         if isinstance(node, Source):
-            return self._device.read(node)
+            return self._read(node)
         spans = [*self._session.spans(node.output.entries)] or [slice(0, 0)]
         return torch.cat([self.value(node, span) for span in spans]).reshape(node.output.shape)
 

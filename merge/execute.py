@@ -1,173 +1,55 @@
-"""Carrying out a plan: read, compute, write, in bounded memory, on a pool of threads."""
+"""Carrying out a plan: read, compute, hand on what comes out, in bounded memory, on a pool of threads."""
 
 from __future__ import annotations
 
-import os
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import blake3
 
-from . import companions, model_card
 from .byte_copies import copied, is_byte_copy, is_shared
-from .checkpoint import Checkpoint
 from .compiled.making import is_compiled, made
 from .compiled.surveying import conduct
-from .device import CPU, alone, chosen
-from .dtypes import parse
-from .errors import OutputError
-from .evaluate import GRID, LARGEST_ELSEWHERE, LARGEST_PART, Evaluation, Session
-from .node import Inputs, Made, Node, Source, Step, Survey
-from .notebook import default_progress
-from .output import check_place, published
-from .page_cache import Reading, crowds_memory
-from .plan import Plan, make_plan
+from .device import alone, raw
+from .errors import MergeError
+from .evaluate import Evaluation, Session
+from .journal import Finished, Journal
+from .limits import Limits
+from .node import Made, Shared, Step, Survey
+from .non_finite import Watch, count
+from .page_cache import Reading
+from .plan import Plan
 from .progress import Progress
-from .receipt import Done, Receipt, make_receipt
-from .units import readable
-from .writer import Writer
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-MEMORY = 256 << 20
-SHARD_SIZE = 5_000_000_000
-_SCRATCH = 6  # part-sized fp32 buffers that an operator may hold beside its inputs, for each model
+Put = Callable[[str, memoryview, int], None]  # some bytes of a tensor, at a byte of it
 
 
 @dataclass(frozen=True)
-class Limits:
-    """How much of the machine a build may use: threads, bytes in flight, and the device where torch computes."""
+class Tools:
+    """What the making of all tensors of a build shares.
 
-    threads: int
-    memory: int
-    device: str = CPU
+    Attributes:
+        put: takes the bytes that were made.
+        progress: is told how far the work is.
+        watch: finds NaN and infinity; None where nobody asks.
+        refuses: whether a tensor in which some are found ends the work.
+        journal: is told of finished tensors; None where nothing could be continued.
 
-    @classmethod
-    def of(cls, threads: int | None, memory: int | None, device: str = CPU) -> Limits:
-        """Take what was asked for; else every processor that the process may use, and 256 MB."""
-        usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return cls(threads or usable, memory or MEMORY, device)
-
-    def session(self, plan: Plan) -> tuple[int, Session]:
-        """Choose the size of parts and how many threads the memory allows. OutputError where it is too small."""
-        surveyed = (inputs for survey in plan.surveys for group in survey.groups.values() for inputs in group)
-        entry = max(4, *map(_entry_bytes, plan.steps), *map(_gathered_bytes, surveyed))
-        if entry * GRID > self.memory:
-            needed = readable(entry * GRID)
-            what = f"{readable(self.memory)} is too small: this plan needs {needed}"
-            raise OutputError("--memory", what, "give more; without --memory it is 256 MiB")
-        threads = max(1, min(self.threads, self.memory // (entry * GRID), self.memory // max(1, _most_held(plan))))
-        share = self.memory // threads
-        largest = LARGEST_PART if self.device == CPU else LARGEST_ELSEWHERE
-        part = max(GRID, min(largest, share // 2 // entry // GRID * GRID))
-        return threads, Session(part, keep=share // 2, threads=threads, device=self.device)
-
-    def in_flight(self, plan: Plan) -> int:
-        """Estimate the most bytes that a build holds at once, beside what torch itself takes."""
-        threads, session = self.session(plan)
-        largest = max((_entry_bytes(step) * min(session.part, step.output.entries) for step in plan.steps), default=0)
-        if plan.pending:
-            groups = plan.pending.survey.groups.values()
-            largest = session.part * max((_gathered_bytes(inputs) for group in groups for inputs in group), default=0)
-        kept = session.keep if any(step.operator.measure for step in plan.steps) else 0
-        return threads * (largest + kept + _most_held(plan))
-
-
-def _entry_bytes(node: Node) -> int:
-    """Count the bytes in flight for one entry of an output, inner steps included."""
-    if isinstance(node, Source):
-        return 0
-    inner = sum(map(_entry_bytes, node.inputs))
-    if isinstance(node, Made):
-        return inner
-    return _gathered_bytes(node.inputs) + inner
-
-
-def _gathered_bytes(inputs: Inputs) -> int:
-    """Count the bytes in flight for one entry of tensors that meet, and what is made of them."""
-    count = sum(1 for _ in inputs) + 1
-    return count * (1 + _SCRATCH // 2) * (8 if inputs.dtype in ("F64", "I64", "U64") else 4)
-
-
-def _most_held(plan: Plan) -> int:
-    """Count the most bytes that a thread holds beside the parts, in a survey or a step."""
-    return max((*map(_held, plan.steps), *(survey.held for survey in plan.surveys)), default=0)
-
-
-def _held(node: Node) -> int:
-    """Count the bytes held beside the parts: by makers, and where parts are widened to whole rows."""
-    if isinstance(node, Source):
-        return 0
-    own = node.held if isinstance(node, Made) else 0
-    if isinstance(node, Step):
-        width = (node.output.shape or (1,))[-1]
-        own = 2 * width * _gathered_bytes(node.inputs) if node.operator.rows else 0
-        matrices = node.operator.holds + node.operator.holds_each * sum(1 for _ in node.inputs)
-        own += matrices * node.output.entries * (8 if node.inputs.dtype == "F64" else 4)
-    return own + sum(map(_held, node.inputs))
-
-
-def build(
-    checkpoint: Checkpoint,
-    out: str | Path,
-    *,
-    dtype: str | None = None,
-    shard_size: int = SHARD_SIZE,
-    threads: int | None = None,
-    memory: int | None = None,
-    device: str = CPU,
-    force: bool = False,
-    recipe: str | None = None,
-    progress: Progress | None = None,
-) -> Receipt:
-    """Write a checkpoint, made or stored, to a folder that transformers loads as it is.
-
-    Args:
-        checkpoint: what to write.
-        out: the folder; it appears whole, or not at all.
-        dtype: the dtype of its floats (`bfloat16`); default: what its inputs promote to.
-        shard_size: the most bytes in one file.
-        threads: how many tensors are made at once; the result does not depend on it.
-        memory: bytes in flight; the result does not depend on it.
-        device: where torch computes what is not copied byte for byte: `cpu`, `cuda`, `cuda:1`.
-        force: replace an earlier result.
-        recipe: the recipe's text, for receipt and model card.
-        progress: is told how far the work is; default: a bar in a notebook, else nothing.
-
-    Raises MergeError, CheckpointError or OutputError; the first two before any weights are read, where headers show it.
     """
-    begun, out, device = time.monotonic(), Path(out), chosen(device)
-    progress = progress or default_progress()
-    plan = make_plan(checkpoint, parse(dtype) if dtype else None)
-    check_place(out, nbytes=plan.bytes_written, force=force)
-    limits = Limits.of(threads, memory, device)
-    limits.session(plan)  # a budget that is too small is refused here
-    with published(out) as folder:
-        found = surveyed(plan, limits, progress)
-        plan = plan.settled(found)
-        writer = Writer(folder, (step.output for step in plan.steps), shard_size, checkpoint.companions.form)
-        try:
-            digests = carry_out(plan, found, writer, limits, progress)
-            writer.finish(forget=crowds_memory(plan))
-        finally:
-            writer.close()
-        beside = checkpoint.companions.with_texts_of(plan.companions)
-        companions.write(beside, folder, [step.output for step in plan.steps])
-        (folder / "README.md").write_text(model_card.text(plan, recipe, checkpoint.companions.form), encoding="utf-8")
-        receipt = make_receipt(plan, Done(digests, found, device), recipe, time.monotonic() - begun, folder)
-        receipt.write(folder)
-    return receipt
+
+    put: Put
+    progress: Progress
+    watch: Watch | None = None
+    refuses: bool = False
+    journal: Journal | None = None
 
 
-def surveyed(plan: Plan, limits: Limits, progress: Progress) -> dict[Survey, Any]:
+def surveyed(plan: Plan, limits: Limits, progress: Progress, watch: Watch | None = None) -> dict[Survey, Any]:
     """Carry out the surveys of a plan, inner ones first; give what they found."""
     found: dict[Survey, Any] = {}
     if plan.surveys:
@@ -175,7 +57,7 @@ def surveyed(plan: Plan, limits: Limits, progress: Progress) -> dict[Survey, Any
         progress.begin("survey", sum(survey.nbytes for survey in plan.surveys), len(plan.surveys))
         for survey in plan.surveys:
             told = _Reading(progress, survey.nbytes)
-            found[survey] = conduct(survey, replace(session, found=found), told.advance)
+            found[survey] = conduct(survey, replace(session, found=found, watch=watch), told.advance)
             told.finish()
     return found
 
@@ -199,29 +81,35 @@ class _Reading:
 
 
 def carry_out(
-    plan: Plan, found: Mapping[Survey, Any], writer: Writer, limits: Limits, progress: Progress
+    plan: Plan, found: Mapping[Survey, Any], limits: Limits, tools: Tools, finished: Mapping[str, str] | None = None
 ) -> dict[str, str]:
-    """Make every tensor of a plan and write it; give the BLAKE3 digest of each."""
+    """Make every tensor of a plan but the finished ones, whose digests are given; give the BLAKE3 digest of each."""
     threads, session = limits.session(plan)
-    session = replace(session, found=found)
-    ways = {step: _way(step, session) for step in plan.steps}
+    session = replace(session, found=found, watch=tools.watch)
+    finished = finished or {}
+    steps = [step for step in plan.steps if step.output.name not in finished]
+    ways = {step: _way(step, session) for step in steps}
     with alone(limits.device) if any(map(_needs_torch, ways.values())) else nullcontext(), _pool(threads) as run:
-        progress.begin("merge", plan.bytes_written, len(plan.steps))
-        reading = Reading(plan)
-        work = (
-            [_Making(step, reading.once(ways[step]), writer, progress) for step in steps] for steps in _in_order(plan)
-        )
-        digests = run(work)
-    return {step.output.name: digests[step.output.name] for step in plan.steps}
+        tools.progress.begin("merge", plan.bytes_written, len(plan.steps))
+        if finished:
+            kept = sum(step.output.nbytes for step in plan.steps if step.output.name in finished)
+            tools.progress.advance(kept, len(finished))
+        reading = Reading(plan, steps)
+        digests = run([_Making(step, reading.once(ways[step]), tools) for step in g] for g in _in_order(steps))
+    return {step.output.name: finished.get(step.output.name) or digests[step.output.name] for step in plan.steps}
 
 
-def _in_order(plan: Plan) -> list[list[Step]]:
+def shared(step: Step) -> Shared | None:
+    """Give what a step's tensor shares with others."""
+    node = step.inputs.models[0]
+    return node.together if isinstance(node, Made) else None
+
+
+def _in_order(steps: Sequence[Step]) -> list[list[Step]]:
     """Put checks first, then what is large; what is computed together stays together."""
     groups: dict[object, list[Step]] = {}
-    for step in plan.steps:
-        node = step.inputs.models[0]
-        shared = node.together if isinstance(node, Made) else None
-        groups.setdefault(step if shared is None else shared, []).append(step)
+    for step in steps:
+        groups.setdefault(shared(step) or step, []).append(step)
     return sorted(groups.values(), key=lambda s: (s[0].operator.name != "equal", -sum(one.output.nbytes for one in s)))
 
 
@@ -234,21 +122,47 @@ class _Making:
 
     step: Step
     way: Way
-    writer: Writer
-    progress: Progress
+    tools: Tools
 
     def __call__(self, stopped: Callable[[], bool]) -> tuple[str, str]:
         """Do it; give the name and the digest. Gives up between two parts once stopped."""
-        name, hasher, at = self.step.output.name, blake3.blake3(), 0
+        name, tools = self.step.output.name, self.tools
+        try:
+            digest, not_finite = self._made(stopped)
+        except (ArithmeticError, ValueError, RuntimeError) as error:
+            raise self._blamed(error) from error
+        if stopped() and digest is None:
+            return name, ""
+        assert digest is not None
+        clean = tools.watch is not None and not tools.watch.settle(self.step, not_finite)
+        if tools.watch is not None and not clean and tools.refuses:
+            raise MergeError.of(one.mistake for one in tools.watch.found)
+        if tools.journal is not None:
+            common = shared(self.step)
+            tools.journal.add(Finished(name, digest, clean, common.learned if common is not None else None))
+        tools.progress.advance(0, 1)
+        return name, digest
+
+    def _made(self, stopped: Callable[[], bool]) -> tuple[str | None, int]:
+        """Make the parts; give the digest, unless stopped before the end, and how many entries are not finite."""
+        name, dtype, put = self.step.output.name, self.step.output.dtype, self.tools.put
+        hasher, at, not_finite = blake3.blake3(), 0, 0
         for data in self.way(self.step):
             if stopped():
-                break
+                return None, 0
+            if self.tools.watch is not None:
+                not_finite += count(data, dtype)
             hasher.update(data)
-            self.writer.put(name, data, at)
+            put(name, data, at)
             at += len(data)
-            self.progress.advance(len(data))
-        self.progress.advance(0, 1)
-        return name, hasher.hexdigest()
+            self.tools.progress.advance(len(data))
+        return hasher.hexdigest(), not_finite
+
+    def _blamed(self, error: Exception) -> Exception:
+        """Where an operator broke on NaN or infinity in its inputs, say that; they are read again to find out."""
+        watch = Watch()
+        watch.look(self.step)
+        return MergeError.of(one.mistake for one in watch.found) if watch.found else error
 
 
 def _way(step: Step, session: Session) -> Way:
@@ -261,18 +175,11 @@ def _way(step: Step, session: Session) -> Way:
 
 
 def _by_torch(step: Step, session: Session) -> Iterator[memoryview]:
-    return (_raw(values) for _, values in Evaluation(session).parts(step))
+    return (raw(values) for _, values in Evaluation(session).parts(step))
 
 
 def _needs_torch(way: Way) -> bool:
     return isinstance(way, partial) and way.func is _by_torch
-
-
-def _raw(values: Tensor) -> memoryview:
-    import torch
-
-    data: memoryview = values.contiguous().view(torch.uint8).numpy().data
-    return data
 
 
 Run = Callable[[Iterable[Sequence[_Making]]], dict[str, str]]
@@ -285,7 +192,11 @@ def _pool(threads: int) -> Iterator[Run]:
     with ThreadPoolExecutor(threads, "merge") as pool:
 
         def one_after_the_other(group: Sequence[_Making]) -> list[tuple[str, str]]:
-            return [making(stop.is_set) for making in group]
+            try:
+                return [making(stop.is_set) for making in group]
+            except BaseException:
+                stop.set()
+                raise
 
         def run(work: Iterable[Sequence[_Making]]) -> dict[str, str]:
             futures: list[Future[list[tuple[str, str]]]] = [pool.submit(one_after_the_other, group) for group in work]

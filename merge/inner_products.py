@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import combinations_with_replacement
 from typing import TYPE_CHECKING, Literal
 
-from .kernels import grouped_sums, sums_over
+from .kernels import exact_sum, grouped_sums, sums_over
 from .operator import Parts
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class InnerProducts:
     def dot(self, one: Vector, other: Vector) -> float:
         """Multiply two vectors."""
         rows = zip(one, self.products, strict=True)
-        return math.fsum(a * b * product for a, row in rows for b, product in zip(other, row, strict=True))
+        return exact_sum(a * b * product for a, row in rows for b, product in zip(other, row, strict=True))
 
     def length(self, vector: Vector) -> float:
         """Give the length of a vector."""

@@ -47,9 +47,21 @@ def divided(values: Tensor, divisor: float) -> Tensor:
     return values.div_(torch.full((), divisor, dtype=values.dtype, device=values.device))
 
 
+def exact_sum(values: Iterable[float]) -> float:
+    """Sum numbers exactly and round once; NaN where infinities of either sign, or sums too large, leave no number.
+
+    >>> exact_sum([1e100, 1.0, -1e100]), exact_sum([math.inf, -math.inf])
+    (1.0, nan)
+    """
+    try:
+        return math.fsum(values)
+    except (ValueError, OverflowError):
+        return math.nan
+
+
 def total(values: Tensor) -> float:
     """Sum all entries: in fp64 along rows of a fixed grid, then exactly over the rows. Any shape → a number."""
-    return math.fsum(row_sums(values))
+    return exact_sum(row_sums(values))
 
 
 def row_sums(values: Tensor, row: int = ROW) -> list[float]:
@@ -96,7 +108,7 @@ def sums_over(parts: Iterable[Sequence[Tensor]], row: int = ROW) -> list[float]:
     `row` is that grid: every part begins at a multiple of it.
     """
     rows = [[row_sums(values, row) for values in part] for part in parts]
-    return [math.fsum(itertools.chain.from_iterable(column)) for column in zip(*rows, strict=True)]
+    return [exact_sum(itertools.chain.from_iterable(column)) for column in zip(*rows, strict=True)]
 
 
 def grouped_sums(

@@ -183,6 +183,17 @@ class Maker(Protocol):
         """Make a flat run of entries [span.stop - span.start]. The same bits, wherever runs begin."""
 
 
+class Shared(Protocol):
+    """What several tensors share: computed once for all of them."""
+
+    @property
+    def learned(self) -> Any:
+        """What it found out on the way and will be asked for, in what JSON has."""
+
+    def recall(self, learned: Any) -> None:
+        """Take what it learned in an earlier build, whose tensors are kept."""
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class Made:
     """A tensor made of others of any shapes.
@@ -201,7 +212,7 @@ class Made:
     maker: Maker
     inputs: tuple[Node, ...]
     held: int = 0
-    together: object = None
+    together: Shared | None = None
     compiled: MakerForm | None = None
 
 

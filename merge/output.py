@@ -1,4 +1,16 @@
-"""The output folder: made beside its final place under a temporary name, and published by one rename."""
+"""The output folder: made in a hidden folder beside its final place, and published by one rename.
+
+The hidden folder, `.OUT.portmanteau-partial`, holds everything that a build which is not finished has: the result so
+far, the journal of its finished tensors (merge/journal.py), the lock, and, for the moment between two renames, the
+earlier result that gives way. A process may end anywhere, and the power too:
+
+* before the renames the earlier result is in its place, and the journal says what can be kept of the new one;
+* between them the next build puts the earlier result back, finds every tensor of the new one finished, and goes on;
+* after them the new one is in its place, and what is left of the hidden folder is removed.
+
+Everything in the result is synced, and then its folders, before the first rename: a name never stands for bytes that
+the disk does not have.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +18,14 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
+from . import journal
 from .errors import Mistake, OutputError
-from .files.storage import sync_folder
+from .exclusive import holder, take
+from .files.storage import sync_file, sync_folder
 from .receipt import RECEIPT
 from .units import readable
 
@@ -18,21 +33,80 @@ _LONGEST_NAME = 220  # bytes; 255 with what temporary names add
 _SLACK = 64 << 20  # room for companions and for what the file system keeps for itself
 
 
-def check_place(out: Path, *, nbytes: int, force: bool) -> None:
-    """Check, before any work, that the result can be written. Raises OutputError with all that is in its way."""
-    mistakes = place_mistakes(out, nbytes=nbytes, force=force)
+@dataclass(frozen=True)
+class Work:
+    """The hidden folder in which a result is made, and what stands in it."""
+
+    home: Path
+
+    @classmethod
+    def of(cls, out: Path) -> Work:
+        """Give that of a result; there need not be one."""
+        return cls(out.absolute().with_name(f".{out.name}.portmanteau-partial"))
+
+    @property
+    def result(self) -> Path:
+        """The result so far."""
+        return self.home / "result"
+
+    @property
+    def journal(self) -> Path:
+        """The journal of its finished tensors."""
+        return self.home / "journal"
+
+    @property
+    def lock(self) -> Path:
+        """The lock of the process that works here."""
+        return self.home / "lock"
+
+    @property
+    def replaced(self) -> Path:
+        """The earlier result, until the new one has its name."""
+        return self.home / "replaced"
+
+    @property
+    def gone(self) -> Path:
+        """What is being removed."""
+        return self.home / "gone"
+
+    def clear(self) -> None:
+        """Remove what was made; the journal first, which speaks of it."""
+        for path in (self.journal, self.journal.with_name(f"{self.journal.name}.new")):
+            path.unlink(missing_ok=True)
+        for folder in (self.result, self.gone):
+            if folder.exists():
+                shutil.rmtree(folder)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the disk that it holds, which a build uses again or sets free."""
+        found = 0
+        for folder, _, names in os.walk(self.result):  # what cannot be looked at holds nothing
+            for name in names:
+                status = Path(folder, name).stat()
+                found += getattr(status, "st_blocks", status.st_size // 512) * 512
+        return found
+
+
+def check_place(out: Path, *, nbytes: int, force: bool, since: str = "") -> None:
+    """Check, before any work, that the result can be written. Raises OutputError with all that is in its way.
+
+    `since` says how what stands there differs from what is asked for.
+    """
+    mistakes = place_mistakes(out, nbytes=nbytes, force=force, since=since)
     if mistakes:
         raise OutputError.of(mistakes)
 
 
-def place_mistakes(out: Path, *, nbytes: int, force: bool) -> list[Mistake]:
+def place_mistakes(out: Path, *, nbytes: int, force: bool, since: str = "") -> list[Mistake]:
     """Find everything that would keep a result of so many bytes from being written."""
     where, found = str(out), []
     if os.path.lexists(out) and not force:  # a broken link is there too
+        what = f"exists already{since and f', and is not what is asked for: {since}'}"
         is_ours = (
             "or replace it with --force" if _is_ours(out) else "it was not built by portmanteau: --force leaves it"
         )
-        found.append(Mistake(where, "exists already", f"choose another name, {is_ours}"))
+        found.append(Mistake(where, what, f"choose another name, {is_ours}"))
     elif os.path.lexists(out) and not _is_ours(out):
         hint = "--force replaces only what portmanteau built, or an empty folder; remove this one yourself if it may go"
         found.append(Mistake(where, "exists, and was not built by portmanteau", hint))
@@ -43,7 +117,7 @@ def place_mistakes(out: Path, *, nbytes: int, force: bool) -> list[Mistake]:
         return [*found, Mistake(where, f"{home} is a file")]
     if not os.access(home, os.W_OK | os.X_OK):
         found.append(Mistake(where, f"no right to write in {home}"))
-    free = shutil.disk_usage(home).free
+    free = shutil.disk_usage(home).free + Work.of(out).nbytes
     if free < nbytes + _SLACK:
         hint = "free some space, choose another disk, or a smaller output dtype"
         what = f"needs {readable(nbytes + _SLACK)}, and {home} has {readable(free)} free"
@@ -63,6 +137,11 @@ def check_file(path: Path, *, force: bool) -> None:
         raise OutputError(str(path), "no right to write it")
 
 
+def is_result(out: Path) -> bool:
+    """Tell whether a result stands there."""
+    return os.path.isfile(out / RECEIPT) and not out.is_symlink()  # noqa: PTH113 - of a name too long it says no
+
+
 def _is_ours(out: Path) -> bool:
     return out.is_dir() and not out.is_symlink() and ((out / RECEIPT).is_file() or not any(out.iterdir()))
 
@@ -76,40 +155,110 @@ def _existing_parent(out: Path) -> Path:
 
 
 @contextmanager
-def published(out: Path) -> Iterator[Path]:
-    """Give a folder to fill. It takes its final name when the block ends well; after an error nothing is left of it."""
+def published(out: Path, *, fresh: bool = False) -> Iterator[Work]:
+    """Give a folder to fill. It takes its final name when the block ends well.
+
+    After an error, or an interrupt, what is finished stays for the same command to continue, and the error says so in
+    a note; where nothing is finished nothing is left. `fresh` removes what an earlier build left.
+
+    Raises OutputError where another process builds the same result.
+    """
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
-    work = out.with_name(f".{out.name}.portmanteau-partial")
-    if work.exists():
-        shutil.rmtree(work)  # left over from a build that was killed
+    with _held(out) as work:
+        if fresh:
+            work.clear()
+        filled = False
+        try:
+            yield work
+            filled = True
+            _sync(work.result)
+            _rename(work, out)
+            sync_folder(out.parent)
+            work.clear()
+        except BaseException as error:
+            told = _as_output_error(out, error) if isinstance(error, OSError) else error
+            if filled and not work.result.exists():
+                told.add_note(f"{out} is written all the same")
+            else:
+                _leave(work, error, told)
+            raise told from (error if told is not error else error.__cause__)
+
+
+def healed(out: Path) -> None:
+    """Bring what a process left that ended while it published into order. Raises OutputError where one still works."""
+    if os.path.isdir(Work.of(out).home):  # noqa: PTH112 - of a name too long it says no, and does not raise
+        with _held(out.absolute()):
+            pass
+
+
+@contextmanager
+def _held(out: Path) -> Iterator[Work]:
+    """Hold the hidden folder against other processes, in order; where nothing is left in it, it goes."""
+    work, release = Work.of(out), None
+    while release is None:
+        work.home.mkdir(exist_ok=True)
+        with suppress(FileNotFoundError):  # whoever held it just removed it
+            release = take(work.lock)
+            if release is None:
+                number = holder(work.lock)
+                by = f" (process {number})" if number else ""
+                hint = "wait until it is done, or choose another name"
+                raise OutputError(str(out), f"is being built by another process{by}", hint)
     try:
-        work.mkdir()
+        _heal(work, out)
         yield work
-        sync_folder(work)
-        _rename(work, out)
-    except BaseException as error:
-        shutil.rmtree(work, ignore_errors=True)
-        if isinstance(error, OSError):
-            hint = "free some space, choose another disk, or a smaller output dtype"
-            what = f"cannot be written: {error.strerror or error}"
-            raise OutputError(str(out), what, hint if error.errno == errno.ENOSPC else "") from error
-        raise
-    sync_folder(out.parent)
+    finally:
+        release()
+        with suppress(OSError):
+            work.home.rmdir()
 
 
-def _rename(work: Path, out: Path) -> None:
+def _heal(work: Work, out: Path) -> None:
+    """Put back an earlier result whose successor did not take its name; remove what was left to be removed."""
+    if work.replaced.exists():
+        work.replaced.rename(work.gone if os.path.lexists(out) else out)
+    if work.gone.exists():
+        shutil.rmtree(work.gone)
+    if not (work.journal.exists() and work.result.exists()):
+        work.clear()
+
+
+def _leave(work: Work, error: BaseException, told: BaseException) -> None:
+    """Keep what can be continued, and say so; otherwise leave nothing."""
+    read = journal.read(work.journal)
+    if read is None or not read.finished or not work.result.is_dir() or getattr(error, "errno", 0) == errno.EIO:
+        with suppress(OSError):
+            work.clear()
+        if isinstance(error, KeyboardInterrupt):
+            told.add_note("nothing was written")
+        return
+    count = f"{len(read.finished)} finished tensor{'s are' if len(read.finished) > 1 else ' is'} kept"
+    told.add_note(f"{count} in {work.home}: the same command continues, with --fresh it starts anew")
+
+
+def _as_output_error(out: Path, error: OSError) -> OutputError:
+    hint = "free some space, choose another disk, or a smaller output dtype" if error.errno == errno.ENOSPC else ""
+    return OutputError(str(out), f"cannot be written: {error.strerror or error}", hint)
+
+
+def _sync(folder: Path) -> None:
+    """Bring every file in a folder to the disk, then the names."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        (sync_folder if path.is_dir() else sync_file)(path)
+    sync_folder(folder)
+
+
+def _rename(work: Work, out: Path) -> None:
     """Let the finished folder take its name; an older one gives way only then, and is put back if that fails."""
     if not out.exists():
-        work.rename(out)
+        work.result.rename(out)
         return
-    old = out.with_name(f".{out.name}.portmanteau-replaced")
-    if old.exists():
-        shutil.rmtree(old)
-    out.rename(old)
     try:
-        work.rename(out)
+        out.rename(work.replaced)
+        work.result.rename(out)
     except BaseException:
-        old.rename(out)
+        if not out.exists():
+            work.replaced.rename(out)
         raise
-    shutil.rmtree(old)
+    work.replaced.rename(work.gone)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from .files import storage
 from .node import Source, Step, Store, sources
@@ -24,11 +24,11 @@ def crowds_memory(plan: Plan) -> bool:
 class Reading:
     """Knows of every stored tensor how many steps are still to read it; once none is, it is forgotten."""
 
-    def __init__(self, plan: Plan) -> None:
-        """Count the steps that read each tensor, where the build is so large that it matters."""
+    def __init__(self, plan: Plan, steps: Iterable[Step]) -> None:
+        """Count which of the plan's steps read each tensor, where the build is so large that it matters."""
         self._is_large = crowds_memory(plan)
         self._lock = threading.Lock()
-        self._left = Counter(key for step in plan.steps for key in _read_by(step))
+        self._left = Counter(key for step in steps for key in _read_by(step))
 
     def once(self, way: Way) -> Way:
         """Give a way to make a tensor that forgets its inputs then, if they have been read for the last time."""

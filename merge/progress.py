@@ -1,4 +1,4 @@
-"""What a build tells while it works."""
+"""What a build tells while it works, for whoever listens."""
 
 from __future__ import annotations
 
@@ -11,3 +11,6 @@ class Progress:
 
     def advance(self, nbytes: int, tensors: int = 0) -> None:
         """Tell that so many more are done. Called from any thread."""
+
+    def tell(self, text: str) -> None:
+        """Tell something that the user should know at once."""

@@ -5,22 +5,26 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
-
-import blake3
+from typing import Any, Literal, Self
 
 from . import notebook
+from .errors import OutputError
+from .files.digests import digest, digest_of_file
+from .identity import Identity, package_version
 from .node import Finding, Store, Survey, steps
 from .origins import Strip, strips
 from .plan import Plan
 from .shown import json_text
 from .units import readable
+from .writer import Shard
 
 RECEIPT = "portmanteau.json"
+_NO_SEAL = "0" * 64
+_UNWRITTEN = ("outcome",)
+Outcome = Literal["built", "continued", "up to date"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -28,7 +32,7 @@ class Receipt:
     """The record of one build.
 
     Attributes:
-        recipe: the recipe's text and its digest; None for a build from Python.
+        recipe: the recipe's text, its digest and its folder, seen from the result's; None for a build from Python.
         inputs: for each checkpoint its label, revision, repository, folder seen from the result's, and files with size,
             time (seconds) and header digest (BLAKE3).
         outputs: tensor → BLAKE3 digest of its bytes.
@@ -36,10 +40,15 @@ class Receipt:
         surveys: what each survey found.
         notes: what was renamed, kept or left out because the recipe said so.
         seeds: the seeds of all random steps.
-        versions: of portmanteau, Python and torch.
         device: where torch computed; on another one some operators may give other bits.
         seconds: the time that it took.
+        versions: of portmanteau, Python and torch.
         layers: which models each layer comes from.
+        files: every file but this one: its size and digest; of a weight file the length and digest of its header.
+        made_from: what decides about the bytes, by digest; None where that cannot be told.
+        non_finite: what was to be done about NaN and infinity.
+        seal: the digest of this record as it is written, with zeros in this place.
+        outcome: what the build had to do; not written.
 
     """
 
@@ -54,6 +63,11 @@ class Receipt:
     seconds: float
     versions: Mapping[str, str] = field(default_factory=lambda: _versions())
     layers: tuple[Strip, ...] = ()
+    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    made_from: Identity | None = None
+    non_finite: str = "error"
+    seal: str = _NO_SEAL
+    outcome: Outcome = "built"
 
     def __repr__(self) -> str:
         """What it is a record of."""
@@ -68,9 +82,52 @@ class Receipt:
         notes = [(f"note: {note}", "", "", "") for note in self.notes]
         return notebook.table(repr(self)[1:-1], ("operator", "of", "tensors", "bytes"), [*rows, *notes])
 
-    def write(self, folder: Path) -> None:
-        """Write it into a folder."""
-        (folder / RECEIPT).write_text(json_text(asdict(self), indent=2) + "\n", encoding="utf-8")
+    def write(self, folder: Path) -> Self:
+        """Write it into a folder; give it with its seal."""
+        found = replace(self, seal=_NO_SEAL)
+        text = {name: value for name, value in asdict(found).items() if name not in _UNWRITTEN}
+        raw = (json_text(text, indent=2) + "\n").encode()
+        sealed = replace(self, seal=digest(raw))
+        (folder / RECEIPT).write_bytes(_with_seal(raw, _NO_SEAL, sealed.seal))
+        return sealed
+
+
+def read(folder: Path) -> Receipt:
+    """Read the record of a finished build. Raises OutputError where there is none, or a byte of it has changed."""
+    path = folder / RECEIPT
+    if not path.is_file():
+        raise OutputError(str(folder), f"holds no {RECEIPT}", "only what portmanteau built has a receipt")
+    raw = path.read_bytes()
+    try:
+        found = json.loads(raw)
+        receipt = Receipt(**{key: found[key] for key in (f.name for f in fields(Receipt)) if key not in _UNWRITTEN})
+        whole = digest(_with_seal(raw, receipt.seal, _NO_SEAL)) == receipt.seal
+    except (ValueError, TypeError, KeyError, RecursionError):
+        whole = False
+    if not whole:
+        hint = "build it again: nothing can be said about a result without its receipt"
+        raise OutputError(str(path), "is damaged, was edited, or comes from another version of portmanteau", hint)
+    return receipt
+
+
+def _with_seal(raw: bytes, before: str, after: str) -> bytes:
+    """Put another seal in the place of the last one."""
+    head, _, tail = raw.rpartition(before.encode())
+    return head + after.encode() + tail
+
+
+def file_records(folder: Path, shards: Iterable[Shard]) -> dict[str, dict[str, Any]]:
+    """Give size and digest of every file in a folder; of weight files, whose tensors have their own, of the header."""
+    weights = {shard.file: shard for shard in shards}
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder).as_posix()
+        if name in weights:
+            header = weights[name].header
+            found[name] = {"bytes": weights[name].size, "header_bytes": len(header), "header": digest(header)}
+        elif name != RECEIPT:
+            found[name] = {"bytes": path.stat().st_size, "digest": digest_of_file(path)}
+    return found
 
 
 @dataclass(frozen=True)
@@ -82,37 +139,34 @@ class Done:
     device: str
 
 
-def make_receipt(plan: Plan, done: Done, recipe: str | None, seconds: float, folder: Path) -> Receipt:
+def make_receipt(plan: Plan, done: Done, recipe: Mapping[str, str] | None, seconds: float, folder: Path) -> Receipt:
     """Put the record together; `folder` is the result's, or a sibling of it."""
-    text = {"text": recipe, "digest": digest(recipe.encode())} if recipe is not None else None
     inputs = tuple(_input(checkpoint, folder) for checkpoint in plan.checkpoints)
     every = (inner for step in plan.steps for inner in steps(step))
     seeds = dict.fromkeys(step.settings["seed"] for step in every if "seed" in step.settings)
-    surveys = {survey.title: _plain(value) for survey, value in done.found.items()}
-    what, layers = choices(plan), strips(plan.steps, done.found)
     return Receipt(
-        text,
+        recipe,
         inputs,
         dict(done.digests),
-        what,
-        surveys,
+        choices(plan),
+        surveys(done.found),
         plan.notes,
         tuple(seeds),
         done.device,
         round(seconds, 3),
-        layers=layers,
+        layers=strips(plan.steps, done.found),
     )
+
+
+def surveys(found: Mapping[Survey, Any]) -> dict[str, Any]:
+    """Give what surveys found, by their titles, in what JSON has."""
+    return {survey.title: _plain(value) for survey, value in found.items()}
 
 
 def _plain(value: Any) -> Any:
     """Make a mapping's keys text, as JSON has them; of what has a summary take that."""
     value = getattr(value, "summary", value)
     return {str(key): one for key, one in value.items()} if isinstance(value, Mapping) else value
-
-
-def digest(data: bytes) -> str:
-    """Give the BLAKE3 digest in hexadecimal."""
-    return blake3.blake3(data).hexdigest()
 
 
 def choices(plan: Plan) -> tuple[dict[str, Any], ...]:
@@ -150,11 +204,5 @@ def _seen_from(folder: Path, checkpoint: Store) -> str | None:
 
 
 def _versions() -> dict[str, str]:
-    return {"portmanteau": _version("portmanteau"), "python": platform.python_version(), "torch": _version("torch")}
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "unknown"
+    packages = {name: package_version(name) for name in ("portmanteau", "torch")}
+    return {"portmanteau": packages["portmanteau"], "python": platform.python_version(), "torch": packages["torch"]}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 from .dtypes import DTYPES
+from .files.digests import digest_of_run
 from .files.storage import PositionalFile, sync_folder
 from .form import MODEL, Form
 from .tensor_spec import TensorSpec
@@ -74,18 +75,44 @@ class Writer:
     """The weight files of one output folder: preallocated, then filled."""
 
     def __init__(self, folder: Path, specs: Iterable[TensorSpec], shard_size: int, form: Form = MODEL) -> None:
-        """Make the files at their full size, with their headers. OSError where the disk is full."""
+        """Make the files at their full size, with their headers. OSError where the disk is full.
+
+        Weight files of that size that are there already, and only they, keep what they hold.
+        """
         self._folder = folder
         self._is_model = form.is_model
-        self.shards = layout(specs, shard_size, form)
+        every = tuple(specs)
+        self._sizes = {spec.name: spec.nbytes for spec in every}
+        self.shards = layout(every, shard_size, form)
         self._place: dict[str, tuple[PositionalFile, int]] = {}
-        self._files = []
-        for shard in self.shards:
-            (folder / shard.file).parent.mkdir(parents=True, exist_ok=True)
-            file = PositionalFile(folder / shard.file, size=shard.size)
-            file.write(shard.header, 0)
-            self._files.append(file)
-            self._place.update({name: (file, offset) for name, offset in shard.offsets.items()})
+        self._files: list[PositionalFile] = []
+        kept = self._clear(folder)
+        try:
+            for shard in self.shards:
+                (folder / shard.file).parent.mkdir(parents=True, exist_ok=True)
+                file = PositionalFile(folder / shard.file, size=shard.size, again=shard.file in kept)
+                self._files.append(file)
+                file.write(shard.header, 0)
+                self._place.update({name: (file, offset) for name, offset in shard.offsets.items()})
+        except BaseException:
+            self.close()
+            raise
+
+    def _clear(self, folder: Path) -> set[str]:
+        """Remove what an earlier build left here beside whole weight files; give the names of these."""
+        sizes, kept = {shard.file: shard.size for shard in self.shards}, set[str]()
+        for path in folder.rglob("*"):
+            name = path.relative_to(folder).as_posix()
+            if path.is_file() and path.stat().st_size == sizes.get(name):
+                kept.add(name)
+            elif not path.is_dir():
+                path.unlink()
+        return kept
+
+    def digest(self, name: str, advance: Callable[[int], None]) -> str:
+        """Read a tensor's bytes again, and give their digest."""
+        file, offset = self._place[name]
+        return digest_of_run(file, offset, self._sizes[name], advance)
 
     def put(self, name: str, data: memoryview, at: int) -> None:
         """Write some bytes of a tensor, at byte `at` of it."""
@@ -104,13 +131,19 @@ class Writer:
             index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
             (self._folder / INDEX).write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             names.append(INDEX)
-        for file in self._files:
-            file.sync()
-            sync_folder(file.path.parent)
-            if forget:
+        self.sync()
+        if forget:
+            for file in self._files:
                 file.forget()
         self.close()
         return names
+
+    def sync(self) -> None:
+        """Return when what was written has reached the disk, and the names of the files too."""
+        for file in self._files:
+            file.sync()
+        for folder in {file.path.parent: None for file in self._files}:
+            sync_folder(folder)
 
     def close(self) -> None:
         """Close the files."""

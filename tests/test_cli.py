@@ -209,7 +209,7 @@ def test_a_plain_swap_is_built_without_torch(recipe: Path, tmp_path: Path) -> No
     assert len(load_file(tmp_path / "out" / "model.safetensors")) == 75
 
 
-def test_an_interrupt_ends_with_status_130_and_leaves_nothing(save_llama: SaveLlama, tmp_path: Path) -> None:
+def test_an_interrupt_ends_with_status_130_and_says_what_stays(save_llama: SaveLlama, tmp_path: Path) -> None:
     for name in ("a", "b", "base"):
         save_llama(name, hidden_size=256, intermediate_size=1024, vocab_size=20_000)
     recipe = tmp_path / "ties.yaml"
@@ -222,9 +222,76 @@ def test_an_interrupt_ends_with_status_130_and_leaves_nothing(save_llama: SaveLl
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert (process.returncode, "Traceback" in errors) == (130, False)
-    assert "interrupted" in errors
+    assert "interrupted: " in errors
     assert not (tmp_path / "out").exists()
-    assert not work.exists()
+    assert work.exists() == ("the same command continues" in errors) != ("nothing was written" in errors)
+
+
+def test_a_result_that_is_up_to_date_is_left_alone(recipe: Path, tmp_path: Path) -> None:
+    assert run("build", recipe, tmp_path / "out").returncode == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    done = run("build", recipe, tmp_path / "out", "--json")
+    assert (done.returncode, json.loads(done.stdout)["outcome"]) == (0, "up to date")
+    assert "out: up to date" in run("build", recipe, tmp_path / "out").stderr
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
+    recipe.write_text(recipe.read_text().replace("bottom: 2", "bottom: 3"))
+    done = run("build", recipe, tmp_path / "out")
+    assert done.returncode == 1
+    assert "exists already, and is not what is asked for: the recipe changed" in done.stderr
+
+
+def test_verify_names_a_damaged_tensor_and_a_damaged_file(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run("build", recipe, out).returncode == 0
+    done = run("verify", out, "--rebuild")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "whole, and the recipe gives these bits: 75 tensors" in done.stdout
+    raw = bytearray((out / "model.safetensors").read_bytes())
+    raw[-1] ^= 1
+    (out / "model.safetensors").write_bytes(raw)
+    (out / "config.json").write_text("{}")
+    done = run("verify", out, "--json")
+    damaged = {Path(one["where"].split(":")[0]).name: one["where"] for one in json.loads(done.stdout)["damaged"]}
+    assert done.returncode == 1
+    assert damaged.keys() == {"model.safetensors", "config.json"}
+    last = max(_offsets(out / "model.safetensors").items(), key=lambda item: item[1])[0]
+    assert damaged["model.safetensors"].endswith(f"tensor {last}")
+
+
+def _offsets(path: Path) -> dict[str, int]:
+    raw = path.read_bytes()
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    return {name: entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
+
+
+def test_a_locked_build_takes_no_other_input(recipe: Path, tmp_path: Path) -> None:
+    assert "there is no lock" in run("build", recipe, tmp_path / "out", "--locked").stderr
+    assert run("lock", recipe).returncode == 0
+    assert run("build", recipe, tmp_path / "out", "--locked").returncode == 0
+    config = tmp_path / "task" / "generation_config.json"
+    config.write_text(config.read_text() + "\n")
+    done = run("build", recipe, tmp_path / "other", "--locked")
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False)
+    assert f"{config}: is not the file that was locked" in done.stderr
+    assert not (tmp_path / "other").exists()
+
+
+def test_nan_stops_a_build_unless_it_is_asked_for(recipe: Path, tmp_path: Path) -> None:
+    path = tmp_path / "task" / "model.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[-4:] = (0x7FC00000).to_bytes(4, "little")
+    path.write_bytes(raw)
+    last = max(_offsets(path).items(), key=lambda item: item[1])[0]
+    recipe.write_text("merge: {linear: {models: [task, language]}}")
+    done = run("build", recipe, tmp_path / "out")
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False)
+    assert f"tensor {last} of task: 1 of " in done.stderr
+    assert "--non-finite keep" in done.stderr
+    done = run("build", recipe, tmp_path / "out", "--non-finite", "warn")
+    assert done.returncode == 0
+    assert f"note: tensor {last} of task: 1 of " in done.stderr
+    done = run("build", recipe, tmp_path / "kept", "--non-finite", "keep")
+    assert (done.returncode, "NaN" in done.stderr) == (0, False)
 
 
 def test_progress_is_drawn_on_a_terminal(recipe: Path, tmp_path: Path) -> None:

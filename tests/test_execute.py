@@ -25,7 +25,7 @@ from portmanteau import compositions, merge
 from portmanteau.compositions import tensorwise
 from portmanteau.merge import Checkpoint, Composed, MergeError, OutputError, Progress, Step, TensorSpec
 from portmanteau.merge.adapters.decomposition import Factors, OfMatrix, factors
-from portmanteau.merge.execute import Limits
+from portmanteau.merge.limits import Limits
 from portmanteau.merge.node import Made, Read
 from portmanteau.merge.registry import find
 
@@ -267,7 +267,7 @@ def test_integers_that_differ_stop_the_build_and_leave_nothing(save_tensors: Sav
     assert listing(tmp_path) == {"a", "b"}
 
 
-def test_an_interrupt_from_the_keyboard_leaves_nothing(three: dict[str, Path], tmp_path: Path) -> None:
+def test_an_interrupt_from_the_keyboard_keeps_what_is_finished(three: dict[str, Path], tmp_path: Path) -> None:
     once = threading.Semaphore(1)  # a second interrupt could come when the build is over
 
     class Interrupting(Progress):
@@ -276,9 +276,12 @@ def test_an_interrupt_from_the_keyboard_leaves_nothing(three: dict[str, Path], t
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
     before = listing(tmp_path)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as caught:
         merge.build(ties_of(three), tmp_path / "out", threads=2, progress=Interrupting())
-    assert listing(tmp_path) == before
+    assert listing(tmp_path) == {*before, ".out.portmanteau-partial"}
+    assert "the same command continues, with --fresh it starts anew" in caught.value.__notes__[0]
+    assert merge.build(ties_of(three), tmp_path / "out").outcome == "continued"
+    assert listing(tmp_path) == {*before, "out"}
 
 
 def test_torchs_threads_are_given_back(three: dict[str, Path], tmp_path: Path) -> None:

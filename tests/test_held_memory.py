@@ -19,7 +19,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from portmanteau import merge
 from portmanteau.compositions import tensorwise
-from portmanteau.merge.execute import Limits
+from portmanteau.merge.limits import Limits
 
 name, *sizes, count = sys.argv[1:]
 

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from portmanteau import compositions, merge
 from portmanteau.merge.compiled import library
-from portmanteau.merge.execute import Limits
+from portmanteau.merge.limits import Limits
 from tests.conftest import SaveLlama
 
 pytestmark = pytest.mark.filterwarnings(

@@ -40,8 +40,9 @@ def test_a_result_has_weights_receipt_and_card(model: StoredCheckpoint, tmp_path
 
 def test_an_existing_result_is_kept_without_force(model: StoredCheckpoint, tmp_path: Path) -> None:
     merge.build(model, tmp_path / "out")
-    with pytest.raises(OutputError, match=r"out: exists already\n  hint: choose another name, or .* --force"):
-        merge.build(model, tmp_path / "out")
+    refusal = r"out: exists already, and is not what is asked for: the dtype changed\n  hint: .* --force"
+    with pytest.raises(OutputError, match=refusal):
+        merge.build(model, tmp_path / "out", dtype="float64")
 
 
 def test_force_replaces_what_portmanteau_built(model: StoredCheckpoint, tmp_path: Path) -> None:
@@ -122,8 +123,9 @@ def test_a_disk_that_fills_up_is_a_clear_message_and_leaves_nothing(
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
 def test_an_error_while_filling_leaves_nothing(error: type[BaseException], tmp_path: Path) -> None:
     def fill() -> None:
-        with published(tmp_path / "out") as folder:
-            (folder / "half").write_text("x")
+        with published(tmp_path / "out") as work:
+            work.result.mkdir()
+            (work.result / "half").write_text("x")
             raise error
 
     with pytest.raises(error):
@@ -153,7 +155,7 @@ def test_a_rename_that_fails_puts_the_earlier_result_back(
     rename = Path.rename
 
     def refuse(path: Path, target: Path) -> Path:
-        if path.name.endswith("-partial"):
+        if path.name == "result":
             raise OSError(errno.EACCES, "Permission denied")
         return rename(path, target)
 
@@ -161,6 +163,8 @@ def test_a_rename_that_fails_puts_the_earlier_result_back(
     with pytest.raises(OutputError, match="cannot be written: Permission denied"):
         merge.build(model, tmp_path / "out", force=True)
     assert (tmp_path / "out" / "portmanteau.json").read_bytes() == before
+    monkeypatch.undo()
+    assert merge.build(model, tmp_path / "out", force=True).outcome == "continued"
     assert listing(tmp_path) == ["in.safetensors", "out"]
 
 

@@ -23,7 +23,7 @@ from portmanteau.compositions import compose, load, tensorwise
 from portmanteau.compositions.mergekit.methods import METHODS
 from portmanteau.compositions.recipe import text as recipe_text
 from portmanteau.compositions.recipe.operator_body import OperatorBody, SliceBody
-from portmanteau.merge.execute import Limits
+from portmanteau.merge.limits import Limits
 from portmanteau.merge.plugins import discovery, mergekit_method
 from portmanteau.merge.registry import exists, find
 

@@ -62,8 +62,16 @@ class Document:
         return self.lines.get(here, 1)
 
 
-def read(path: Path) -> Document:
-    """Read a YAML file. Raises RecipeError for what is not YAML, for keys given twice, for tags, and without bounds."""
+def read(path: Path, text: str | None = None) -> Document:
+    """Read a YAML file, or a text that stood in one.
+
+    Raises RecipeError for what is not YAML, for keys given twice, for tags, and without bounds.
+    """
+    return parsed(_text(path) if text is None else text, str(path))
+
+
+def _text(path: Path) -> str:
+    """Read the text of a recipe. Raises RecipeError, with the cure, for what is none."""
     if not path.exists():
         raise RecipeError(str(path), "no such file", nearby(path))
     if path.is_dir():
@@ -71,13 +79,12 @@ def read(path: Path) -> Document:
             str(path), "is a folder, not a recipe", "a recipe is a YAML file; `portmanteau new` writes one"
         )
     try:
-        text = text_of(read_bytes(path, _MOST_BYTES))
+        return text_of(read_bytes(path, _MOST_BYTES))
     except UnicodeDecodeError as error:
         hint = "a recipe is a YAML file; `portmanteau inspect` shows what a weight file holds"
         raise RecipeError(str(path), "is no text", hint) from error
     except (OSError, ValueError) as error:
         raise RecipeError(str(path), f"cannot be read ({error})") from error
-    return parsed(text, str(path))
 
 
 def parsed(text: str, file: str) -> Document:

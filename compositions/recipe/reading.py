@@ -105,9 +105,12 @@ class Recipe:
         return Path(self.document.file).parent
 
 
-def load(path: str | Path) -> Recipe:
-    """Read a recipe. Raises RecipeError with every mistake that its text, and the places it names, show."""
-    return recipe_of(read(Path(path)))
+def load(path: str | Path, *, text: str | None = None) -> Recipe:
+    """Read a recipe. Raises RecipeError with every mistake that its text, and the places it names, show.
+
+    `text`: what stood in the file, for one that need not be there any more.
+    """
+    return recipe_of(read(Path(path), text))
 
 
 def recipe_of(document: Document) -> Recipe:

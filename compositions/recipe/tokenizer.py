@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
@@ -73,6 +73,20 @@ class TokenizerBody(_Strict):
     def donor(self) -> Reference | None:
         """The model whose tokenizer it is; None for a union."""
         return None if self.source.path == UNION else self.source
+
+    def with_models(self, changed: Callable[[Reference], Reference]) -> TokenizerBody:
+        """Put other references in the place of the models that it names."""
+        tokens = {}
+        for token, rule in self.tokens.items():
+            source = rule.source
+            if isinstance(source, RowBody):
+                source = source.model_copy(update={"model": changed(source.model)})
+            elif source is not None and not rule.is_zero:
+                source = changed(source)
+            tokens[token] = rule.model_copy(update={"source": source})
+        source = changed(self.source) if self.donor is not None else self.source
+        base = changed(self.base) if self.base is not None else None
+        return self.model_copy(update={"source": source, "base": base, "tokens": tokens})
 
     def references(self, path: KeyPath) -> Iterator[tuple[KeyPath, Reference]]:
         """Go through the models that it names, and their places."""

@@ -13,8 +13,8 @@ from portmanteau.merge.delta_ranks import Rank, Ranks, delta_ranks
 from portmanteau.merge.dtypes import is_float
 from portmanteau.merge.errors import Mistake, PortmanteauError, some
 from portmanteau.merge.evaluate import Evaluation, Session, conduct, together
-from portmanteau.merge.execute import Limits
 from portmanteau.merge.kernels import one_thread
+from portmanteau.merge.limits import Limits
 from portmanteau.merge.node import Inputs, surveys
 from portmanteau.merge.operator import Parts
 from portmanteau.merge.task_vectors import Measured, measure

@@ -66,11 +66,11 @@ def weight_snapshots(
         def on_log(self, args: Any, state: Any, control: Any, **others: Any) -> None:
             """Save the snapshot that is due."""
             if self._due and state.is_world_process_zero:
-                with published(place / f"checkpoint-{state.global_step}") as part:
-                    others["model"].save_pretrained(part)
+                with published(place / f"checkpoint-{state.global_step}") as work:
+                    others["model"].save_pretrained(work.result)
                     if tokenizer is not None:
-                        tokenizer.save_pretrained(part)
-                    state.save_to_json(str(part / "trainer_state.json"))
+                        tokenizer.save_pretrained(work.result)
+                    state.save_to_json(str(work.result / "trainer_state.json"))
             self._due = False
 
     return WeightSnapshots()

@@ -7,7 +7,6 @@ entry of largest magnitude of every left vector is positive. What is decomposed 
 from __future__ import annotations
 
 import hashlib
-import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from ..dtypes import torch_dtype
 from ..errors import MergeError
-from ..kernels import total
+from ..kernels import exact_sum, total
 from ..node import Made, Node, Read
 from ..tensor_spec import TensorSpec
 
@@ -89,6 +88,15 @@ class Decomposition:
             if not self._left:
                 self._factors = None
             return found
+
+    @property
+    def learned(self) -> list[float | None]:
+        """What is asked for when the tensors are made: `kept` and `whole`, for a build that is continued later."""
+        return [self.kept, self.whole]
+
+    def recall(self, learned: list[float | None]) -> None:
+        """Take what an earlier build learned, whose tensors need not be made again."""
+        self.kept, self.whole = learned
 
 
 @dataclass(frozen=True)
@@ -251,7 +259,7 @@ class OfMatrix:
 def _square_sum(matrix: Tensor) -> float:
     """Sum the squares, block of rows by block of rows."""
     starts = range(0, matrix.shape[0], _BLOCK)
-    return math.fsum(total(matrix[start : start + _BLOCK].double().square()) for start in starts)
+    return exact_sum(total(matrix[start : start + _BLOCK].double().square()) for start in starts)
 
 
 def _check_finite(*matrices: Tensor) -> None:

@@ -95,6 +95,7 @@ class _CompiledLowRank:
     maker: LowRank
     rank: int
     whole = True
+    spreads = True
 
     def make(self, span: slice, inputs: Stores, out: int) -> None:
         """Write a flat run of entries at an address, a few rows at a time."""

@@ -24,6 +24,10 @@ class Form(Protocol):
     def revisits(self) -> bool:
         """Tell whether it measures the tensors, and so goes through them more than once."""
 
+    @property
+    def spreads(self) -> bool:
+        """Tell whether an entry that is NaN or infinite in any of the tensors is so in the result."""
+
     def measured(self, whole: Whole) -> Form:
         """Find what must be known of the whole tensors; give what can make runs."""
 
@@ -47,6 +51,10 @@ class MakerForm(Protocol):
     def whole(self) -> bool:
         """Tell whether it reads its inputs whole; else it reads them in parts."""
 
+    @property
+    def spreads(self) -> bool:
+        """Tell whether what is NaN or infinite in what it reads is so in the result, or was found before."""
+
     def make(self, span: slice, inputs: Stores, out: int) -> None:
         """Make a flat run of entries at an address, in the dtype of the made tensor."""
 
@@ -59,6 +67,11 @@ class WeightedSum:
     divisor: float = 1.0
     scale: float = 1.0
     revisits = False
+
+    @property
+    def spreads(self) -> bool:
+        """Tell whether an entry that is NaN or infinite in any of the tensors is so in the result."""
+        return all(self.weights)  # what is added to it, or divides it, is finite, or makes it NaN
 
     def measured(self, whole: Whole) -> WeightedSum:
         """Nothing need be known."""
@@ -77,6 +90,7 @@ class ByInnerProducts:
 
     weights: Callable[[InnerProducts], tuple[float, ...]]
     revisits = True
+    spreads = False
 
     def measured(self, whole: Whole) -> WeightedSum:
         """Measure the inner products."""
@@ -123,6 +137,7 @@ class ThinnedSum:
     scale: float
     seed: int = 0
     limits: tuple[Thinning, ...] = ()
+    spreads = False  # what is trimmed is gone
 
     @property
     def revisits(self) -> bool:

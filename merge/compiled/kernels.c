@@ -583,17 +583,24 @@ API WIDE void low_rank(
     }
 }
 
-/* ---- NaN and infinity */
+/* ---- NaN and infinity: entries whose bits have a value under a mask */
 
-API WIDE int64_t count_non_finite(size_t entries, tensor input) {
+#define COUNT_MATCHING(type, block)                                                                                   \
+    for (size_t start = 0; start < entries; start += block) {                                                         \
+        const type *raw = (const type *)data + start, under = (type)mask, wanted = (type)value;                       \
+        size_t count = entries - start < block ? entries - start : block;                                             \
+        type some = 0; /* as narrow as the entries, so that all lanes of a vector count */                            \
+        for (size_t i = 0; i < count; i++) some += (type)((raw[i] & under) == wanted);                                \
+        found += (int64_t)some;                                                                                       \
+    }
+
+API WIDE int64_t count_matching(size_t entries, const void *data, int width, uint64_t mask, uint64_t value) {
     int64_t found = 0;
-    if (input.dtype == F32) {
-        const uint32_t *raw = input.data;
-        for (size_t i = 0; i < entries; i++) found += (raw[i] & 0x7f800000u) == 0x7f800000u;
-    } else {
-        const uint16_t *raw = input.data;
-        uint16_t exponent = input.dtype == BF16 ? 0x7f80 : 0x7c00;
-        for (size_t i = 0; i < entries; i++) found += (raw[i] & exponent) == exponent;
+    switch (width) {
+    case 1: COUNT_MATCHING(uint8_t, 128) break;
+    case 2: COUNT_MATCHING(uint16_t, 32768) break;
+    case 4: COUNT_MATCHING(uint32_t, 32768) break;
+    default: COUNT_MATCHING(uint64_t, 32768)
     }
     return found;
 }

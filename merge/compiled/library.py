@@ -90,7 +90,7 @@ _SIGNATURES: dict[str, tuple[Any, Sequence[Any]]] = {
         None,
         (c_size_t, c_size_t, c_size_t, c_size_t, Factor, Factor, c_double, _Doubles, c_void_p),
     ),
-    "count_non_finite": (c_int64, (c_size_t, Stored)),
+    "count_matching": (c_int64, (c_size_t, c_void_p, c_int, c_uint64, c_uint64)),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -80,7 +81,7 @@ class _Input:
         self._node = node
         self._dtype = "F32" if isinstance(node, Step) else node.output.dtype  # a step gives its working dtype
         self._inner = None if isinstance(node, Source) else _work(node, session, self._dtype)
-        self._held = held
+        self._held, self._watch = held, session.watch
         self._filled = 0  # entries that are there already, where all are held
         entries = node.output.entries
         self._own = byte_size(self._dtype, entries if held else min(session.part, entries))
@@ -92,8 +93,11 @@ class _Input:
             self._inner.settle(memory)
         self._view, self._address = memory.take(self._own)
 
-    def read(self, span: slice) -> Stored:
-        """Give a run of entries."""
+    def read(self, span: slice, *, look: bool, spreads: bool) -> Stored:
+        """Give a run of entries.
+
+        `look`: see whether they are finite. `spreads`: what is not is so in the result too, and is found there.
+        """
         start, size = byte_size(self._dtype, span.start), byte_size(self._dtype, span.stop - span.start)
         at = start if self._held else 0
         if span.stop > self._filled:
@@ -101,8 +105,10 @@ class _Input:
                 self._node.checkpoint.read_into(self._node.spec.name, self._view[at : at + size], start)
             else:
                 assert self._inner is not None
-                self._inner.make(span, self._address + at)
+                self._inner.make(span, self._address + at, spreads=spreads)
             self._filled = span.stop if self._held else 0
+        if look and self._watch is not None and isinstance(self._node, Source):
+            self._watch.see(self._node, self._view[at : at + size])
         return Stored(self._address + at, DTYPES[self._dtype])
 
 
@@ -121,11 +127,11 @@ class Met:
         for one in self._every:
             one.settle(memory)
 
-    def run(self, span: slice) -> Run:
-        """Read a run of them all."""
-        models: Any = (Stored * len(self._models))(*(one.read(span) for one in self._models))
-        base = self._base.read(span) if self._base is not None else NO_TENSOR
-        return Run(span.start, span.stop - span.start, models, base)
+    def run(self, span: slice, *, look: bool, spreads: bool = False) -> Run:
+        """Read a run of them all; `look` and `spreads` as for one of them."""
+        read = partial(_Input.read, span=span, look=look, spreads=spreads)
+        models: Any = (Stored * len(self._models))(*map(read, self._models))
+        return Run(span.start, span.stop - span.start, models, read(self._base) if self._base else NO_TENSOR)
 
 
 class _Applied:
@@ -147,18 +153,20 @@ class _Applied:
         """Take the memory that is needed."""
         self._met.settle(memory)
 
-    def make(self, span: slice, out: int) -> None:
-        """Make a run of the result at an address."""
+    def make(self, span: slice, out: int, *, spreads: bool = True) -> None:
+        """Make a run of the result at an address; `spreads`: what is not finite in it will be so in the end."""
         try:
             if not self._is_measured:
                 self._form, self._is_measured = self._form.measured(self), True
-            self._form.make(self._met.run(span), out, self._dtype)
+            spreads = spreads and self._form.spreads
+            self._form.make(self._met.run(span, look=not spreads, spreads=spreads), out, self._dtype)
         except PortmanteauError as error:
             raise located(error, self._step) from error
 
     def runs(self, every: int = 1) -> Iterator[Run]:
         """Read all inputs, run by run; where they are not held, one run in so many."""
-        return map(self._met.run, islice(self._session.spans(self.entries), 0, None, 1 if self._held else every))
+        spans = islice(self._session.spans(self.entries), 0, None, 1 if self._held else every)
+        return map(partial(self._met.run, look=False), spans)  # they are looked at when the result is made
 
 
 class _OfWhole:
@@ -167,7 +175,7 @@ class _OfWhole:
     def __init__(self, node: Made, session: Session) -> None:
         assert node.compiled is not None
         self.part = session.part
-        self._form = node.compiled
+        self._form, self._spreads = node.compiled, False
         self._inputs = [_Input(one, session, node.compiled.whole) for one in node.inputs]
         self.size = sum(one.size for one in self._inputs)
 
@@ -176,10 +184,11 @@ class _OfWhole:
         for one in self._inputs:
             one.settle(memory)
 
-    def make(self, span: slice, out: int) -> None:
-        """Make a run of the result at an address."""
+    def make(self, span: slice, out: int, *, spreads: bool = True) -> None:
+        """Make a run of the result at an address; `spreads`: what is not finite in it will be so in the end."""
+        self._spreads = spreads and self._form.spreads
         self._form.make(span, self, out)
 
     def read(self, index: int, span: slice) -> Stored:
         """Give a run of an input."""
-        return self._inputs[index].read(span)
+        return self._inputs[index].read(span, look=not self._spreads, spreads=self._spreads)

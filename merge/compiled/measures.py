@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ..inner_products import InnerProducts, squared
-from ..kernels import NO_LIMIT, Cut
+from ..kernels import NO_LIMIT, Cut, exact_sum
 from .library import HIGHER, ROW, Stored, Thinning, functions, lanes
 
 _SAMPLED = 16  # one row in so many is looked at first
@@ -56,7 +56,7 @@ def inner_products(whole: Whole) -> InnerProducts:
         every = list(found)
         sums.append([every[i * rows : (i + 1) * rows] for i in range(pairs)])
     columns = zip(*sums, strict=True)
-    return squared(count, [math.fsum(itertools.chain.from_iterable(column)) for column in columns])
+    return squared(count, [exact_sum(itertools.chain.from_iterable(column)) for column in columns])
 
 
 def l1_factor(whole: Whole, model: int, limit: Thinning) -> float:
@@ -69,8 +69,8 @@ def l1_factor(whole: Whole, model: int, limit: Thinning) -> float:
         functions().magnitudes(run.count, run.models[model], run.base, limit, run.start, sums)
         every += sums[:rows]
         kept += sums[rows:]
-    below = math.fsum(kept)
-    return math.fsum(every) / below if below > 0 else 1.0
+    below = exact_sum(kept)
+    return exact_sum(every) / below if below > 0 else 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,7 +56,7 @@ class Runs:
     def _read(self, inputs: Inputs, span: slice, nbytes: int) -> tuple[Run]:
         met = Met(inputs, self.session)
         met.settle(arena(met.size))
-        run = met.run(span)
+        run = met.run(span, look=True)
         self.advance(nbytes)
         return (run,)
 

@@ -25,10 +25,13 @@ _BINARY = getattr(os, "O_BINARY", 0)
 class PositionalFile:
     """An open file that is read and written at given offsets, from any thread."""
 
-    def __init__(self, path: Path, *, size: int | None = None) -> None:
-        """Open for reading; or, given a size, make a file of that size, with its space reserved, for writing."""
+    def __init__(self, path: Path, *, size: int | None = None, again: bool = False) -> None:
+        """Open for reading; or, given a size, make a file of that size, with its space reserved, for writing.
+
+        `again`: the file is there, and what it holds stays.
+        """
         self.path = path
-        flags = os.O_RDONLY if size is None else os.O_RDWR | os.O_CREAT | os.O_EXCL
+        flags = os.O_RDONLY if size is None else os.O_RDWR | (0 if again else os.O_CREAT | os.O_EXCL)
         self._descriptor = os.open(path, flags | _BINARY, 0o666)
         self._close = weakref.finalize(self, os.close, self._descriptor)
         self._seek_lock = threading.Lock()
@@ -119,6 +122,15 @@ def _sync_file_range() -> Any | None:
         return None
     function.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
     return function
+
+
+def sync_file(path: Path) -> None:
+    """Bring a file to the disk."""
+    descriptor = os.open(path, os.O_RDWR | _BINARY)  # Windows syncs none that is open for reading alone
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def sync_folder(folder: Path) -> None:

@@ -174,6 +174,7 @@ class _CompiledSelected:
 
     maker: _Selected
     whole = False
+    spreads = True  # the survey has seen every entry
 
     def make(self, span: slice, inputs: Stores, out: int) -> None:
         """Write a flat run of positions, or of values, at an address."""

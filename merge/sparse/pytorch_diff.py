@@ -7,6 +7,7 @@ reference decodes three dimensions and more, and positions from 2³¹ on, wrongl
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -72,7 +73,9 @@ def write(path: Path, content: Decoded) -> None:
         flat, order = _column_major(indices, size).sort()
         steps = torch.diff(flat, prepend=flat.new_zeros(1)).tolist()
         diffs[name] = {"size": torch.Size(size), "index_steps": steps, "values": values[order]}
-    torch.save({"diffs": diffs, "abs": dict(content.dense)}, path)
+    whole = io.BytesIO()  # given a path, torch says nothing of a full disk
+    torch.save({"diffs": diffs, "abs": dict(content.dense)}, whole)
+    path.write_bytes(whole.getbuffer())
 
 
 @dataclass
