@@ -14,7 +14,7 @@ from .tensor_spec import TensorSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .compiled.forms import MakerForm
+    from .compiled.runs import MakerForm
 
 
 class Store(Protocol):

@@ -34,7 +34,7 @@ from .errors import MergeError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .compiled.forms import Form
+    from .compiled.runs import Form
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])

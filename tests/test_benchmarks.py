@@ -132,9 +132,15 @@ def test_the_planning_benchmark_runs(tmp_path: Path) -> None:
 def test_memory_is_that_of_all_processes_together(tmp_path: Path) -> None:
     hold = "import time; held = b'x' * 100_000_000; time.sleep(1)"
     both = f'{sys.executable} -c "{hold}" & {sys.executable} -c "{hold}"; wait'
-    cost = script("process").measure(["sh", "-c", both], tmp_path / "log")
-    assert 200e6 < cost.peak < 300e6
-    assert cost.seconds >= 1
+    # in a small process: what is started counts the memory of what starts it as its own, until it is another program
+    code = f"import pathlib, process; print(process.measure(['sh', '-c', {both!r}], pathlib.Path('log')))"
+    env = {**os.environ, "PYTHONPATH": str(BENCHMARKS)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=True
+    )
+    seconds, _, peak = (float(one.partition("=")[2]) for one in done.stdout.strip(")\n").split(", "))
+    assert 200e6 < peak < 300e6
+    assert seconds >= 1
 
 
 @pytest.mark.mergekit

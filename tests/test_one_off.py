@@ -159,7 +159,8 @@ def test_what_stands_there_is_left_alone_unless_forced(models: Path, run: Run) -
     assert not (models / "out").exists()
     assert (models / "out.yaml").read_text() == "mine"
     assert run(*words, "--force")[0] == 0
-    assert "out: exists already\n" in run(*words)[2]
+    assert "out: up to date\n" in run(*words)[2]
+    assert "out: exists already" in run("copy", "--model", "models/base", "out")[2]
 
 
 @pytest.mark.parametrize("out", [".", "..", "/"])

@@ -35,6 +35,7 @@ LAYERS = (  # a file imports only from layers above its own
     ("compositions.one_off", "compositions.reference", "compositions.reports"),
     ("merge.compiled.arena", "merge.compiled.build_hook", "merge.compiled.library", "merge.shown"),
     ("merge.palette", "merge.progress", "merge.exclusive"),
+    ("merge.compiled.runs",),
     ("merge.errors", "merge.form", "merge.names", "merge.kernels", "merge.files.storage", "merge.units"),
     ("merge.files.digests", "merge.journal"),
     ("merge.dtypes", "merge.operator", "merge.adapters.bottleneck_config", "merge.adapters.module_pattern"),

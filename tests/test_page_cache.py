@@ -58,7 +58,7 @@ def test_every_tensor_is_given_back_after_its_last_reading(
     merge.build(merged, tmp_path / "out", threads=1)
     *read, written = asked
     assert sorted(read) == sorted(place for model in models for place in places(model))
-    assert written == (".out.portmanteau-partial", 0, 0)  # the whole file, once it has reached the disk
+    assert written == ("result", 0, 0)  # the whole file, once it has reached the disk
 
 
 def test_what_two_steps_read_is_given_back_once_and_by_the_last(

@@ -19,6 +19,7 @@ KeyPath = tuple[str | int, ...]
 _MOST_BYTES = 96 << 10  # a recipe of 2500 slices has 90 kB; PyYAML reads some 150 kB in a second
 _MOST_NODES = 20_000
 _DEEPEST = 40
+_HEAD = 1024  # bytes that tell whether a file is text
 _LONGEST_NUMBER = 100  # signs
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 _PLAIN = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null"))
@@ -80,11 +81,20 @@ def _text(path: Path) -> str:
         )
     try:
         return text_of(read_bytes(path, _MOST_BYTES))
-    except UnicodeDecodeError as error:
-        hint = "a recipe is a YAML file; `portmanteau inspect` shows what a weight file holds"
-        raise RecipeError(str(path), "is no text", hint) from error
     except (OSError, ValueError) as error:
+        if isinstance(error, UnicodeDecodeError) or _is_binary(path):
+            hint = "a recipe is a YAML file; `portmanteau inspect` shows what a weight file holds"
+            raise RecipeError(str(path), "is no text", hint) from error
         raise RecipeError(str(path), f"cannot be read ({error})") from error
+
+
+def _is_binary(path: Path) -> bool:
+    """Tell whether a file begins as no text does."""
+    try:
+        with path.open("rb") as file:
+            return b"\0" in file.read(_HEAD)
+    except OSError:
+        return False
 
 
 def parsed(text: str, file: str) -> Document:

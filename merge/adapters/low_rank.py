@@ -11,8 +11,8 @@ from ctypes import c_double, c_float, sizeof
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..compiled.forms import Stores
 from ..compiled.library import TILE, Factor, functions
+from ..compiled.runs import Stores
 from ..dtypes import torch_dtype
 from ..evaluate import GRID
 from ..node import Made, Node, Read

@@ -5,58 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from ctypes import c_float
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 from ..inner_products import InnerProducts
 from ..kernels import Cut, random_key
-from .library import ROW, Merging, Stored, Thinning, functions
-from .measures import Run, Whole, inner_products, l1_factor, largest
+from .library import ROW, Merging, Thinning, functions
+from .measures import inner_products, l1_factor, largest
+from .runs import Run, Whole
 
 _ELECT = {"none": 0, "weighted": 1, "unweighted": 2}
 _DIVIDE = {"none": 0, "weights": 1, "count": 2}
 _ALL, _BY_SIZE, _AT_RANDOM = range(3)
-
-
-class Form(Protocol):
-    """What an operator does: first it may measure whole tensors, then it makes any run of the result."""
-
-    @property
-    def revisits(self) -> bool:
-        """Tell whether it measures the tensors, and so goes through them more than once."""
-
-    @property
-    def spreads(self) -> bool:
-        """Tell whether an entry that is NaN or infinite in any of the tensors is so in the result."""
-
-    def measured(self, whole: Whole) -> Form:
-        """Find what must be known of the whole tensors; give what can make runs."""
-
-    def make(self, run: Run, out: int, dtype: int) -> None:
-        """Make a run of the result at an address."""
-
-
-class Stores(Protocol):
-    """The inputs of a maker, as they are stored or made."""
-
-    part: int
-
-    def read(self, index: int, span: slice) -> Stored:
-        """Give a run of one of them, valid until its next one is asked for: at most `part` entries, or all."""
-
-
-class MakerForm(Protocol):
-    """What a maker does."""
-
-    @property
-    def whole(self) -> bool:
-        """Tell whether it reads its inputs whole; else it reads them in parts."""
-
-    @property
-    def spreads(self) -> bool:
-        """Tell whether what is NaN or infinite in what it reads is so in the result, or was found before."""
-
-    def make(self, span: slice, inputs: Stores, out: int) -> None:
-        """Make a flat run of entries at an address, in the dtype of the made tensor."""
 
 
 @dataclass(frozen=True)

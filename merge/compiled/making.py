@@ -14,9 +14,8 @@ from ..evaluate import Session, located, resolved, stream
 from ..node import Inputs, Made, Node, Source, Step, steps
 from ..operator import call
 from .arena import ALIGNMENT, Arena, arena
-from .forms import Form
 from .library import DTYPES, NO_TENSOR, Stored, library
-from .measures import Run
+from .runs import Form, Run
 
 
 def is_compiled(node: Node, session: Session) -> bool:

@@ -7,41 +7,18 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from ctypes import Array, addressof, c_double, c_float, c_int64, c_uint32, memset, sizeof
 from dataclasses import dataclass
-from typing import Protocol
 
 from ..inner_products import InnerProducts, squared
 from ..kernels import NO_LIMIT, Cut, exact_sum
-from .library import HIGHER, ROW, Stored, Thinning, functions, lanes
+from .library import HIGHER, ROW, Thinning, functions, lanes
+from .runs import Whole
 
 _SAMPLED = 16  # one row in so many is looked at first
 _MARGIN = 0.05  # how far, as a share of what is wanted, the first look may be wrong
 _ROOM = 1 << 22  # entries near a boundary that may be held in memory; where there are more, a radix selection is made
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """A run of the tensors that meet: where it begins in them, how long it is, and its bytes."""
-
-    start: int
-    count: int
-    models: Array[Stored]
-    base: Stored
-
-
-class Whole(Protocol):
-    """The tensors that meet, as often as they must be gone through."""
-
-    streams: Sequence[int]
-
-    @property
-    def entries(self) -> int:
-        """How many each of them has."""
-
-    def runs(self, every: int = 1) -> Iterator[Run]:
-        """Read them, run by run; of what cannot be held in memory, one run in so many."""
 
 
 def inner_products(whole: Whole) -> InnerProducts:

@@ -14,7 +14,7 @@ from ..node import Inputs, Node, Survey, sources
 from .arena import arena
 from .library import library
 from .making import Met, is_compiled, revisits
-from .measures import Run
+from .runs import Run
 
 
 @dataclass(frozen=True)

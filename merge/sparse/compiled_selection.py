@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import NoReturn
 
 from ..compiled.library import HIGHER, functions, lanes
-from ..compiled.measures import Run
+from ..compiled.runs import Run
 from ..compiled.surveying import Runs
 from ..errors import MergeError
 from ..evaluate import GRID

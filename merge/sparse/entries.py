@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Literal
 
-from ..compiled.forms import Stores
 from ..compiled.library import functions
+from ..compiled.runs import Stores
 from ..dtypes import torch_dtype
 from ..errors import CheckpointError
 from ..evaluate import GRID
