@@ -76,11 +76,6 @@ def torch_dtype(dtype: str) -> torch.dtype:
     return found
 
 
-def is_known(dtype: torch.dtype) -> bool:
-    """Tell whether safetensors has a name for a torch dtype."""
-    return str(dtype).removeprefix("torch.") in _BY_TORCH_NAME
-
-
 def from_torch(dtype: torch.dtype) -> str:
     """Give the safetensors name of a torch dtype."""
     return _BY_TORCH_NAME[str(dtype).removeprefix("torch.")]
