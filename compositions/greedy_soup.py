@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,11 @@ class Soup:
     metric: float
     recipe: Path
     receipt: Receipt
+
+    def document(self) -> dict[str, Any]:
+        """Describe it as plain values."""
+        tries = [asdict(one) for one in self.tries]
+        return {"recipe": str(self.recipe), "metric": self.metric, "models": self.models, "tries": tries}
 
 
 def greedy_soup(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import combinations
+from typing import Any
 
 from portmanteau.merge import MergeError, SparseFineTune
 from portmanteau.merge.errors import Mistake, some
@@ -44,6 +45,11 @@ class Overlap:
     shared_mass: tuple[float, float] = (0.0, 0.0)
     product: float = 0.0
     squares: tuple[float, float] = (0.0, 0.0)
+
+    def document(self) -> dict[str, Any]:
+        """Describe it as plain values, with the measures that its sums give."""
+        measures = {"by_chance": self.by_chance, "cosine": self.cosine, "opposed_share": self.opposed_share}
+        return asdict(self) | measures
 
     @property
     def by_chance(self) -> float:

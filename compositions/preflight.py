@@ -6,8 +6,18 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from portmanteau.merge import Composed, Plan, PortmanteauError, RecipeError, StoredCheckpoint, Surveyed, make_plan
+from portmanteau.merge import (
+    Composed,
+    Plan,
+    PortmanteauError,
+    RecipeError,
+    StoredCheckpoint,
+    Surveyed,
+    describe,
+    make_plan,
+)
 from portmanteau.merge.errors import Mistake
 from portmanteau.merge.output import is_result, place_mistakes
 from portmanteau.merge.units import readable
@@ -32,6 +42,16 @@ class Preflight:
     composed: Composed | Surveyed
     plan: Plan
     bytes_to_download: int
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of the result."""
+        return (*self.plan.notes, *describe.lacks(self.plan.companions))
+
+    def document(self) -> dict[str, Any]:
+        """Describe what a build would make as plain values."""
+        made = {"tensors": None if self.plan.pending else len(self.plan.steps), "bytes": self.plan.bytes_written}
+        return {**made, "bytes_to_download": self.bytes_to_download, "notes": self.notes}
 
 
 def preflight(

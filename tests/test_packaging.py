@@ -32,7 +32,7 @@ SET_UP = (
 LAYERS = (  # a file imports only from layers above its own
     ("merge.files", "merge.adapters", "merge.sparse", "merge.compiled", "merge.plugins"),  # they only say what they are
     ("compositions.mergekit", "compositions.recipe", "compositions.vocabulary"),
-    ("compositions.one_off", "compositions.reference", "compositions.reports"),
+    ("compositions.one_off", "compositions.reference", "compositions.reports", "compositions.terminal"),
     ("merge.compiled.arena", "merge.compiled.build_hook", "merge.compiled.library", "merge.shown"),
     ("merge.palette", "merge.progress", "merge.exclusive"),
     ("merge.compiled.runs",),
@@ -117,8 +117,11 @@ LAYERS = (  # a file imports only from layers above its own
     ("compositions.preflight",),
     ("compositions.greedy_soup", "compositions.lock_file", "compositions.rebuilt"),
     ("compositions.one_off.options", "compositions.reference.markdown"),
-    ("compositions.one_off.written",),
+    ("compositions.build_recipe", "compositions.one_off.commands", "compositions.one_off.written"),
     ("compositions.one_off.starter",),
+    ("compositions.terminal.options", "compositions.terminal.pictures", "compositions.terminal.tables"),
+    ("compositions.terminal.printing",),
+    ("compositions.terminal.bars", "compositions.terminal.results"),
     ("compositions",),
     ("cli",),
 )

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from portmanteau import compositions, merge
-from portmanteau.compositions.reports import built, maps, page, terminal
+from portmanteau.compositions.reports import built, maps, page
+from portmanteau.compositions.terminal import pictures
 from portmanteau.merge.origins import Cell, Origin, Strip, strips
 from tests.conftest import SaveLlama
 
@@ -172,7 +173,7 @@ def test_plan_draws_the_layers_where_asked_and_never_unasked_into_a_pipe(swap: P
 
 def test_more_layers_than_fit_go_into_lines_below() -> None:
     strip = Strip("h", tuple(Cell(str(i), (Origin(("a",), "copy", 1, 4),)) for i in range(50)))
-    lines = [line.plain for line in terminal.strip_lines([strip], 40)]
+    lines = [line.plain for line in pictures.strip_lines([strip], 40)]
     assert all(len(line) <= 40 for line in lines)
     assert " ".join(lines).split().count("A") == 51  # fifty cells and the legend
 

@@ -18,9 +18,7 @@ from portmanteau.merge.receipt import RECEIPT
 from portmanteau.merge.units import readable
 
 from .comparison import compare
-from .rows import Comparison
-
-Table = tuple[Sequence[str], Sequence[Sequence[str]]]
+from .rows import Comparison, Table
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from portmanteau.merge.delta_ranks import Rank
 from portmanteau.merge.names import Place
 from portmanteau.merge.task_vectors import Meeting, met
 
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # titles, and rows of cells
 OUTSIDE = "outside the layers"
 
 

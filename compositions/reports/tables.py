@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
 from portmanteau.merge.changes import Change
 from portmanteau.merge.task_vectors import Meeting
-from portmanteau.merge.units import readable
 
 from .rows import Changes, Comparison, MeetingRow, Meetings, Row, Spot
 
@@ -129,38 +128,6 @@ def _side_by_side(found: Comparison, *, tensors: bool) -> Iterator[tuple[str, ..
             for row in rows
         ]
         yield (_name(rows[0]), *(cell for cells in found_here for cell in cells))
-
-
-def modules(rows: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Give the modules of a checkpoint as `inspect` describes them: titles and rows."""
-    cells_of = [
-        (
-            row["where"],
-            row["module"],
-            row["layers"],
-            str(row["tensors"]),
-            "×".join(map(str, row["shape"])),
-            row["dtype"],
-        )
-        for row in rows
-    ]
-    sizes = [readable(row["bytes"]) for row in rows]
-    titles = ("where", "module", "layers", "tensors", "shape", "dtype", "bytes")
-    return titles, [(*row, size) for row, size in zip(cells_of, sizes, strict=True)]
-
-
-def beside(found: Mapping[str, Any]) -> Iterator[str]:
-    """Say what `inspect` found of the vocabulary, of files beside the weights, and of a receipt."""
-    vocabulary, receipt = found.get("vocabulary"), found.get("receipt")
-    if vocabulary:
-        tokens = vocabulary["tokens"]
-        shown = "no tokenizer" if tokens is None else f"{tokens:,} tokens, {vocabulary['padding']:,} rows of padding"
-        yield f"vocabulary: {vocabulary['rows']:,} rows, {shown}; head: {vocabulary['head']}"
-    if found.get("companions"):
-        yield f"beside the weights: {', '.join(found['companions'])}"
-    if receipt:
-        recipe = f"recipe {receipt['recipe'][:12]}" if receipt["recipe"] else "no recipe"
-        yield f"receipt: {recipe}, of {', '.join(map(str, receipt['inputs']))}; `portmanteau report` shows it"
 
 
 def _name(row: Spot) -> str:

@@ -11,7 +11,7 @@ from portmanteau.merge.origins import Cell, Strip, models_of
 from portmanteau.merge.palette import DIVERGING, MODELS, SEQUENTIAL, ink
 from portmanteau.merge.shown import printable
 
-from .maps import HeatMap
+from ..reports.maps import HeatMap
 
 _ENDS = {"embeddings": "emb"}
 
