@@ -333,11 +333,19 @@ def soup(
     minimize: Annotated[bool, typer.Option("--minimize", help="Less is better, as with a loss.")] = False,
     shared: Annotated[str | None, typer.Option(help='Tensors that must be equal, as in average; "" for none.')] = None,
     force: Annotated[bool, typer.Option(help="Replace an earlier result.")] = False,
+    non_finite: NonFinite = "error",
     as_json: Json = False,
 ) -> None:
     """Build the greedy soup: models averaged one by one, best first, as long as the metric gets no worse."""
     made = greedy_soup(
-        models, out, measure=measured_by(metric), minimize=minimize, shared=shared, force=force, tell=say
+        models,
+        out,
+        measure=measured_by(metric),
+        minimize=minimize,
+        shared=shared,
+        force=force,
+        non_finite=non_finite,
+        tell=say,
     )
     notes(made.receipt.notes)
     if as_json:

@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from portmanteau.merge import open as open_checkpoint
 from portmanteau.merge.errors import Mistake, PortmanteauError, some
 from portmanteau.merge.files.places import kind, user_path
 from portmanteau.merge.node import Step
+from portmanteau.merge.non_finite import Choice
 from portmanteau.merge.output import check_file, check_place
 
 from .average import average
@@ -63,6 +64,7 @@ def greedy_soup(
     minimize: bool = False,
     shared: str | None = None,
     force: bool = False,
+    non_finite: Choice = "error",
     tell: Callable[[str], None] = lambda line: None,
 ) -> Soup:
     """Build the greedy soup of several models (Wortsman et al. 2022, arXiv 2203.05482, recipe 1).
@@ -85,13 +87,14 @@ def greedy_soup(
         minimize: less is better, as with a loss.
         shared: tensors that must be equal in all models, as in `average`; "" for none.
         force: replace an earlier result, and its recipe.
-        tell: is told every metric, as a line of text.
+        non_finite: what to do where a model or an average has NaN or infinity, as in `merge.build`.
+        tell: is told every metric, and once each note on NaN and infinity, as a line of text.
 
     Raises PortmanteauError: before anything is measured, for models that do not fit and a place that cannot be written.
 
     """
     out = Path(out)
-    kitchen = _Kitchen(_opened(models), shared)
+    kitchen = _Kitchen(_opened(models), shared, non_finite, tell)
     _check(kitchen, out, force=force)
     sign = -1 if minimize else 1
     with _folder_for_candidates(out) as folder:
@@ -110,16 +113,19 @@ def greedy_soup(
     recipe = _recipe_beside(out)
     recipe.write_text(kitchen.recipe(taken, out.absolute().parent), encoding="utf-8")
     loaded = load(recipe)
-    receipt = build(compose(loaded), out, force=force, recipe=loaded.text)
+    receipt = build(compose(loaded), out, force=force, non_finite=non_finite, recipe=loaded.text)
     return Soup(tuple(tries), tuple(kitchen.in_order(taken)), best, recipe, receipt)
 
 
 @dataclass(frozen=True)
 class _Kitchen:
-    """The models by the names under which they were given, and how they are averaged."""
+    """The models by the names under which they were given, how they are averaged, and what was told of them."""
 
     models: dict[str, Checkpoint]
     shared: str | None
+    non_finite: Choice
+    tell: Callable[[str], None]
+    _told: dict[str, None] = field(default_factory=dict)
 
     def in_order(self, names: Sequence[str]) -> list[str]:
         """Give some of the models in the order in which they were given, which is the order of the sum."""
@@ -131,7 +137,12 @@ class _Kitchen:
 
     def measured(self, names: Sequence[str], folder: Path, measure: Measure) -> float:
         """Build the average of some models, measure it, and remove it."""
-        build(self.average(names), folder)
+        composed = self.average(names)
+        receipt = build(composed, folder, non_finite=self.non_finite)
+        for note in receipt.notes:  # what only the weights could tell, once
+            if note not in composed.notes and note not in self._told:
+                self._told[note] = None
+                self.tell(f"note: {note}")
         try:
             metric = float(measure(folder))
         finally:

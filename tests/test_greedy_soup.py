@@ -197,6 +197,23 @@ def test_a_mistake_is_found_before_anything_is_measured(
     assert "ended with status" not in done.stderr  # the command, which would fail, was not run
 
 
+def test_infinity_is_refused_warned_of_or_kept_as_in_build(tmp_path: Path, save_tensors: Save, metric: str) -> None:
+    save_tensors("good", {"weight": torch.tensor([4.0, 6.0])})
+    save_tensors("burst", {"weight": torch.tensor([5.0, torch.inf])})
+    done = cook("out", "good", "burst", "--metric", metric, "--minimize", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "tensor weight of burst: 1 of 2 entries is NaN or infinite" in done.stderr
+    assert not (tmp_path / "out").exists()
+    done = cook("out", "good", "burst", "--metric", metric, "--minimize", "--non-finite", "warn", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[0] == "good: 0"  # the mean of 4 and 6 lies 0 from 5, and that of 5 and inf at inf
+    assert done.stderr.splitlines()[1] == "note: tensor weight of burst: 1 of 2 entries is NaN or infinite"
+    assert done.stderr.splitlines()[2] == "burst: inf"
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["weight"], torch.tensor([4.0, 6.0]))
+    done = cook("kept", "good", "burst", "--metric", metric, "--minimize", "--non-finite", "keep", cwd=tmp_path)
+    assert (done.returncode, "note:" in done.stderr) == (0, False)
+
+
 def test_one_model_is_no_soup(tmp_path: Path, models: list[Path]) -> None:
     with pytest.raises(merge.MergeError, match="made of several models"):
         compositions.greedy_soup(models[:1], tmp_path / "out", measure=lambda folder: 1.0)
