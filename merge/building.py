@@ -29,6 +29,7 @@ from .notebook import default_progress
 from .output import Work, check_place, healed, is_result, published
 from .page_cache import crowds_memory
 from .plan import Plan, make_plan
+from .plugins.source_files import Plugins, source_files
 from .progress import Progress
 from .receipt import Done, Receipt, file_records, make_receipt, surveys
 from .up_to_date import up_to_date
@@ -82,7 +83,8 @@ def build(
     limits, beside = Limits.of(threads, memory, device), checkpoint.companions
     limits.session(plan)  # a budget that is too small is refused here
     options = {"dtype": dtype and parse(dtype), "size of shards": shard_size, "device": device}
-    made_from = identity(plan, recipe=recipe, options=options, beside=beside)
+    plugins = source_files(plan.operators)
+    made_from = identity(plan, recipe=recipe, options=options, beside=beside, plugins=plugins)
     healed(out)
     earlier = "" if force else _standing(out, made_from, non_finite)
     if isinstance(earlier, Receipt):
@@ -90,7 +92,8 @@ def build(
     check_place(out, nbytes=plan.bytes_written, force=force, since=earlier)
     text = _of_recipe(recipe, recipe_folder, out) if recipe is not None else None
     with published(out, fresh=fresh) as work:
-        making = _Build(limits, progress, Watch() if non_finite != "keep" else None, non_finite, made_from, work)
+        watch = Watch() if non_finite != "keep" else None
+        making = _Build(limits, progress, watch, non_finite, made_from, plugins, work)
         return making.result(plan, shard_size, beside, text, begun)
 
 
@@ -121,6 +124,7 @@ class _Build:
     watch: Watch | None
     non_finite: Choice
     made_from: Identity | None
+    plugins: Plugins
     work: Work
 
     def result(
@@ -137,6 +141,7 @@ class _Build:
             receipt,
             notes=(*receipt.notes, *self.notes),
             files=file_records(folder, writer.shards),
+            plugins=self.plugins,
             made_from=self.made_from,
             non_finite=self.non_finite,
             outcome="continued" if continued else "built",

@@ -15,6 +15,7 @@ from .companions import Companions
 from .files.digests import digest
 from .node import Finding, Inputs, Made, Source, Step
 from .plan import Plan
+from .plugins.source_files import Plugins
 from .tensor_spec import TensorSpec
 
 Identity = Mapping[str, str]
@@ -25,7 +26,9 @@ class _UnknownError(Exception):
     """Something has no description that another process would give as well."""
 
 
-def identity(plan: Plan, *, recipe: str | None, options: Mapping[str, Any], beside: Companions) -> Identity | None:
+def identity(
+    plan: Plan, *, recipe: str | None, options: Mapping[str, Any], beside: Companions, plugins: Plugins
+) -> Identity | None:
     """Give what decides about the bytes of a result; None where a later process could not tell whether it is the same.
 
     An input is known by its header's digest, its size and its time. Tensors in memory, and makers of the Python API
@@ -36,6 +39,7 @@ def identity(plan: Plan, *, recipe: str | None, options: Mapping[str, Any], besi
         recipe: the recipe's text; what it leaves open the plan says.
         options: what was asked for beside it.
         beside: the companions.
+        plugins: where operators of others come from.
 
     """
     if any(not store.files for store in plan.checkpoints):
@@ -52,6 +56,8 @@ def identity(plan: Plan, *, recipe: str | None, options: Mapping[str, Any], besi
             mark = f"{file.digest} {status.st_size} {status.st_mtime_ns}"
             name = f"the input {store.label}: {file.path.name}"
             found[name] = digest((found.get(name, "") + mark).encode())
+    for files in plugins.values():
+        found |= {f"the plugin's source {name}": mark for name, mark in files.items()}
     return {**found, **_of_companions(beside), "the version of portmanteau or torch": versions()}
 
 

@@ -12,7 +12,8 @@ from .checkpoint import Checkpoint
 from .companions import Companions
 from .dtypes import is_float
 from .errors import MergeError, Mistake
-from .node import Finding, Node, Source, Step, Store, Survey, copy_of, sources, surveys
+from .node import Finding, Node, Source, Step, Store, Survey, copy_of, sources, steps, surveys
+from .operator import Operator
 from .origins import strips
 from .parent_cards import licence_note, read_cards
 from .surveyed import Surveyed
@@ -84,6 +85,12 @@ class Plan:
     def checkpoints(self) -> tuple[Store, ...]:
         """The stored checkpoints that are read, in the order of their first use."""
         return tuple(dict.fromkeys(source.checkpoint for source in self.sources))
+
+    @property
+    def operators(self) -> tuple[Operator, ...]:
+        """What the steps do, and those inside that steps and surveys read."""
+        read = (*self.steps, *(node for survey in self.surveys for node in survey))
+        return tuple({step.operator.name: step.operator for node in read for step in steps(node)}.values())
 
     @property
     def bytes_read(self) -> int:

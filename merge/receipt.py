@@ -17,6 +17,7 @@ from .identity import Identity, package_version
 from .node import Finding, Store, Survey, steps
 from .origins import Strip, strips
 from .plan import Plan
+from .plugins.source_files import Plugins
 from .shown import json_text
 from .units import readable
 from .writer import Shard
@@ -43,6 +44,7 @@ class Receipt:
         device: where torch computed; on another one some operators may give other bits.
         seconds: the time that it took.
         versions: of portmanteau, Python and torch.
+        plugins: for each plugin whose operators were used the files of its source, with their digests.
         layers: which models each layer comes from.
         files: every file but this one: its size and digest; of a weight file the length and digest of its header.
         made_from: what decides about the bytes, by digest; None where that cannot be told.
@@ -62,6 +64,7 @@ class Receipt:
     device: str
     seconds: float
     versions: Mapping[str, str] = field(default_factory=lambda: _versions())
+    plugins: Plugins = field(default_factory=dict)
     layers: tuple[Strip, ...] = ()
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     made_from: Identity | None = None

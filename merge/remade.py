@@ -16,7 +16,7 @@ from .progress import Progress
 from .receipt import Receipt
 from .writer import layout
 
-_OTHER = "an input, portmanteau or torch is another one than then; the receipt names them"
+_OTHER = "an input, a plugin, portmanteau or torch is another one than then; the receipt names them"
 
 
 def remade(

@@ -48,7 +48,7 @@ LAYERS = (  # a file imports only from layers above its own
     ("merge.operators.linear",),
     ("merge.companions", "merge.files.safetensors_file", "merge.files.torch_file", "merge.writer", "merge.operators.*"),
     ("merge.operators", "merge.files.hub", "merge.plugins.discovery", "merge.plugins.kernel"),
-    ("merge.plugins.mergekit_method", "merge.sparse.pytorch_diff"),
+    ("merge.plugins.mergekit_method", "merge.plugins.source_files", "merge.sparse.pytorch_diff"),
     ("merge.registry",),
     ("merge.node",),
     ("merge.non_finite",),

@@ -11,11 +11,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
+import blake3
 import pytest
 import torch
 import yaml
 from pydantic import Field
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from portmanteau import merge
@@ -550,3 +551,73 @@ def test_a_name_of_ours_is_no_method_of_a_plugin(folder: Path) -> None:
     (folder / "mergekit.yml").write_text("merge_method: median\nmodels: [{model: a}]\n")
     with pytest.raises(merge.RecipeError, match="median is a name in our recipes; a plugin's method needs another"):
         load(folder / "mergekit.yml")
+
+
+# ---- what a receipt says of plugins ------------------------------------------------------------------------------
+
+
+def blake3_of(path: Path) -> str:
+    return blake3.blake3(path.read_bytes()).hexdigest()
+
+
+def receipt(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "out" / "portmanteau.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize(("recipe", "plugin"), [("halved.yml", "methods.py"), ("tripled.yml", "operators.py")])
+def test_a_receipt_names_the_plugin_that_was_used_and_the_digest_of_its_source(
+    folder: Path, recipe: str, plugin: str
+) -> None:
+    command = ("build", recipe, "out", "--plugin", "./methods.py", "--plugin", "operators.py", "--fresh")
+    assert run(folder, *command)[0].startswith("status 0")
+    shown = {"methods.py": "./methods.py", "operators.py": "operators.py"}[plugin]
+    assert receipt(folder)["plugins"] == {shown: {plugin: blake3_of(folder / plugin)}}
+
+
+def test_of_a_package_every_module_that_was_imported_is_named(folder: Path) -> None:
+    (folder / "fancy").mkdir()
+    (folder / "fancy" / "__init__.py").write_text("from . import tripling\n")
+    (folder / "fancy" / "tripling.py").write_text(OPERATOR)
+    (folder / "fancy" / "unused.py").write_text("")
+    assert run(folder, "build", "tripled.yml", "out", "--plugin", "fancy", **on_the_path(folder))[0] == "status 0 torch"
+    names = ("fancy/__init__.py", "fancy/tripling.py")
+    assert receipt(folder)["plugins"] == {"fancy": {name: blake3_of(folder / name) for name in names}}
+
+
+def test_a_build_that_used_no_plugin_names_none(folder: Path) -> None:
+    assert run(folder, "build", "linear.yml", "out", "--plugin", "./methods.py")[0].startswith("status 0")
+    assert receipt(folder)["plugins"] == {}
+
+
+def test_a_result_is_not_up_to_date_when_the_source_of_its_plugin_changed(folder: Path) -> None:
+    command = ("build", "tripled.yml", "out", "--plugin", "operators.py")
+    assert run(folder, *command)[0] == "status 0 torch"
+    assert "out: up to date" in run(folder, *command)[1]
+    moved = (*command[:-1], "./operators.py")  # the same source, by another name
+    assert "out: up to date" in run(folder, *moved)[1]
+    (folder / "operators.py").write_text(OPERATOR.replace("* 3", "* 5"))
+    status, said = run(folder, *command)
+    assert status.startswith("status 1")
+    assert "exists already, and is not what is asked for: the plugin's source operators.py changed\n" in said
+    status, said = run(folder, *command, "--force")
+    assert status == "status 0 torch"
+    assert torch.equal(load_file(folder / "out" / "model.safetensors")["x.weight"], torch.tensor([10.0, 20.0]))
+
+
+def test_a_build_that_was_ended_starts_anew_when_the_source_of_its_plugin_changed(folder: Path) -> None:
+    stops = "if len(models[0]) == 2 and __import__('pathlib').Path('stop').exists(): raise merge.MergeError('', 'stop')"
+    ending = OPERATOR.replace("return", f"{stops}\n    return")
+    save_file({"x": torch.ones(2), "y": torch.ones(3)}, folder / "a" / "model.safetensors")  # the larger goes first
+    (folder / "operators.py").write_text(ending)
+    (folder / "stop").touch()
+    command = ("build", "tripled.yml", "out", "--plugin", "operators.py", "--threads", "1")
+    assert "1 finished tensor is kept" in run(folder, *command)[1]
+    (folder / "stop").unlink()
+    (folder / "operators.py").write_text(ending.replace("* 3", "* 5"))
+    status, said = run(folder, *command)
+    assert status == "status 0 torch"
+    what = "starting anew, not continuing the build that was ended: the plugin's source operators.py changed"
+    assert f"note: {what}\n" in said
+    made = load_file(folder / "out" / "model.safetensors")
+    assert {name: tensor.tolist() for name, tensor in made.items()} == {"x": [5.0] * 2, "y": [5.0] * 3}

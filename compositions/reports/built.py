@@ -73,6 +73,7 @@ class Built:
     choices: tuple[Choice, ...]
     seconds: float
     versions: Mapping[str, str]
+    plugins: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     surveys: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     layers: tuple[Strip, ...] = ()

@@ -94,6 +94,8 @@ def report(found: Built, changed: Sequence[Comparison], told: Sequence[str], pic
         draw_strips(found.layers)
     put_table(found.steps())
     put_table(found.files())
+    for plugin, files in found.plugins.items():
+        put(f"plugin {plugin}: {', '.join(f'{name} {mark[:16]}' for name, mark in files.items())}")
     for one in changed:
         put(f"change from {one.base}")
         for table in measures.printed(one):

@@ -20,6 +20,7 @@ from ..errors import MergeError
 GROUP = "portmanteau.operators"  # of entry points: OPERATOR = "the module that registers it"
 EXTRA = "pip install 'portmanteau[mergekit]'"
 
+_LONE = "portmanteau_plugin:"  # begins the module name of a lone file
 _announced: list[str] = []
 
 
@@ -39,6 +40,18 @@ def announce(module: str) -> None:
 def announced() -> bool:
     """Tell whether any module was announced."""
     return bool(_announced)
+
+
+def package(module: str) -> str:
+    """Give the package that a module is in; of a lone file the module itself."""
+    return module if module.startswith(_LONE) else module.partition(".")[0]
+
+
+def plugin_of(module: str) -> str:
+    """Give what the user called the plugin that a module belongs to; where it was not announced, its package."""
+    own = package(module)
+    named = (one for one in _announced if own == (_module(_file(one)) if _is_file(one) else package(one)))
+    return next(named, own)
 
 
 def load(name: str) -> None:
@@ -85,8 +98,12 @@ def _file(module: str) -> Path:
     return Path(module).expanduser().resolve()
 
 
+def _module(path: Path) -> str:
+    return f"{_LONE}{path}"
+
+
 def _import_file(path: Path) -> None:
-    name = f"portmanteau_plugin:{path}"
+    name = _module(path)
     if name in sys.modules:
         return
     spec = importlib.util.spec_from_file_location(name, path)

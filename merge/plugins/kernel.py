@@ -31,6 +31,11 @@ class Kernel:
         self.spec = method.spec
         self._method = method
 
+    @property
+    def home(self) -> str:
+        """The module that defines the method."""
+        return getattr(self._method, "implementation", type(self._method)).__module__
+
     def __call__(self, parts: Parts, *, streams: tuple[int, ...] = (), **settings: Any) -> Tensor:
         """Gather the tensor of every model, and of the base, and let the method merge them."""
         import torch
