@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from portmanteau.merge import (
     Checkpoint,
@@ -19,16 +19,16 @@ from portmanteau.merge import (
 )
 from portmanteau.merge.errors import Mistake
 
-from .composition import compositions
-from .lora import lora
+from .composition import find
 from .recipe.lines import Document, KeyPath
 from .recipe.reading import Body, Recipe
 from .recipe.reference import Reference, references, replaced
 from .recipe.tokenizer import RowBody, RuleBody, TokenizerBody
 from .tensorwise import tensorwise
 from .vocabulary.chat_templates import TEMPLATES
-from .vocabulary.row_maps import RowOf, TokenRule
-from .vocabulary.shared import Shared
+
+if TYPE_CHECKING:
+    from .vocabulary.row_maps import TokenRule
 
 
 def compose(recipe: Recipe, *, weights: bool = True) -> Composed | Surveyed:
@@ -73,6 +73,8 @@ class _Composer:
 
     def _share(self, asked: TokenizerBody) -> tuple[str, ...]:
         """Bring all models to the vocabulary that is asked for; give what a user should know of it."""
+        from .vocabulary.shared import Shared
+
         recipe, document = self._recipe, self._recipe.document
         keys: list[Reference | None] = [*dict.fromkeys(self._leaves(recipe.merge))]
         keys = [None] if _keeps_vocabularies(recipe.merge) else keys
@@ -118,6 +120,8 @@ class _Composer:
 
     def _rule(self, rule: RuleBody) -> TokenRule:
         """Open the model that a token's row is taken from."""
+        from .vocabulary.row_maps import RowOf, TokenRule
+
         source = rule.source
         if isinstance(source, RowBody):
             row = RowOf(self._opened(self._leaf(source.model), own=True), source.token, source.id)
@@ -186,11 +190,13 @@ class _Composer:
             return self._step(name, own=own)
         meant = self._recipe.models.get(name, reference)
         place = meant.path if meant.is_on_hub(folder) else meant.local(folder)
-        opened = reference.opener(place, revision=meant.revision, label=name, weights=self._weights)
+        opened = reference.opener()(place, revision=meant.revision, label=name, weights=self._weights)
         return self._folded(opened, meant) if meant.lora else opened
 
     def _folded(self, base: Any, reference: Reference) -> Composed:
         """Fold the adapters of a reference into its model."""
+        from .lora import lora
+
         if not isinstance(base, Checkpoint):
             raise CheckpointError(reference.path, "only a model takes a lora")
         adapters = {self._opened(adapter): weight for adapter, weight in reference.lora}
@@ -222,11 +228,8 @@ class _Composer:
         document = self._recipe.document
         arguments = replaced(body.arguments, partial(self._opened, own=own))
         try:
-            made: Composed | Surveyed = (
-                tensorwise(body.name, **arguments)
-                if body.is_operator
-                else compositions()[body.name].compose(**arguments)
-            )
+            composition = find(body.name)
+            made = composition.compose(**arguments) if composition else tensorwise(body.name, **arguments)
         except MergeError as error:
             raise RecipeError.of(
                 Mistake(document.where((*body.path, *_keys(m.where))), f"{body.name}: {m.what}", m.hint)

@@ -6,7 +6,7 @@ import inspect
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any, TypeVar
@@ -38,6 +38,7 @@ class Composition:
         return (self.compose.__doc__ or "").strip().splitlines()[0]
 
 
+_PACKAGE = __name__.rpartition(".")[0]
 _REGISTRY: dict[str, Composition] = {}
 
 
@@ -55,10 +56,21 @@ def composition(*, source: str, example: str) -> Callable[[F], F]:
     return register
 
 
+def find(name: str) -> Composition | None:
+    """Give one composition by name; only the file of that name is imported, and not where a user registered one."""
+    if name not in _REGISTRY and name in _files():
+        import_module(f"{_PACKAGE}.{name}")
+    return _REGISTRY.get(name)
+
+
 def compositions() -> Mapping[str, Composition]:
     """Give every composition by name, in alphabetical order; found by their files beside this one."""
-    package = __name__.rpartition(".")[0]
-    for module in iter_modules(import_module(package).__path__):
-        if not module.ispkg:
-            import_module(f"{package}.{module.name}")
+    for name in _files():
+        find(name)
     return {name: _REGISTRY[name] for name in sorted(_REGISTRY)}
+
+
+@cache
+def _files() -> tuple[str, ...]:
+    """Name the files beside this one, some of which hold a composition."""
+    return tuple(one.name for one in iter_modules(import_module(_PACKAGE).__path__) if not one.ispkg)

@@ -124,7 +124,7 @@ def _key(reference: Reference, recipe: Recipe) -> str:
 def _place(reference: Reference, recipe: Recipe) -> _Place:
     """Find the files that are read for a reference, and those that go with them."""
     root = _root(reference, recipe, None)
-    folder, made = root if root.is_dir() else root.parent, type(reference).opener(root)
+    folder, made = root if root.is_dir() else root.parent, reference.opener()(root)
     weights = {file.path.name for file in getattr(made, "stored", made).files} | set(getattr(made, "head", ()))
     if not weights:  # a file that was decoded: the published form of sparse fine-tunes
         weights = {root.name if root.is_file() else "pytorch_diff.bin"}

@@ -1,11 +1,11 @@
-"""The operators by name. Importing this finds ours; none of them imports torch before it is called."""
+"""The operators by name. Ours are known by their files: one is imported when asked for, all of them for a list."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
-from . import operators as _found  # noqa: F401 - importing the package registers its operators
+from . import operators as ours
 from .errors import MergeError, nearest
 from .operator import REGISTRY, Operator
 from .plugins.discovery import EXTRA
@@ -14,6 +14,8 @@ from .plugins.mergekit_method import all_registered, installed, registered
 
 def operators() -> Mapping[str, Operator]:
     """Give every operator by name, in alphabetical order; those that a user's program registered with us too."""
+    for name in ours.__all__:
+        _import(name)
     return MappingProxyType({name: REGISTRY[name] for name in sorted(REGISTRY)})
 
 
@@ -45,7 +47,14 @@ def unknown(name: str, known: Iterable[str]) -> str:
 
 
 def _lookup(name: str) -> Operator | None:
+    _import(name)
     if name in REGISTRY:
         return REGISTRY[name]
     found = registered(name)  # imports plugins, which may have registered with us
     return REGISTRY.get(name, found)
+
+
+def _import(name: str) -> None:
+    """Import an operator of ours, which registers it; one that a user's program registered under its name stays."""
+    if name in ours.__all__ and name not in REGISTRY:
+        getattr(ours, name)

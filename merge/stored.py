@@ -15,7 +15,6 @@ from .files import hub, places
 from .files.json_file import INDEX_BYTES, INDEX_VALUES, read_json
 from .files.remote_file import RemoteFile
 from .files.safetensors_file import SafetensorsFile
-from .files.torch_file import TorchFile
 from .files.weight_file import WeightFile
 from .node import Source
 from .tensor_spec import TensorSpec
@@ -125,6 +124,8 @@ def _open_file(path: Path) -> WeightFile:
     if path.suffix == ".safetensors":
         return SafetensorsFile(path)
     if path.suffix in _LEGACY:
+        from .files.torch_file import TorchFile
+
         return TorchFile(path)
     raise CheckpointError(
         str(path), f"not a weight file: {path.suffix or 'no suffix'}", "known: .safetensors, .bin, .pt"

@@ -33,6 +33,7 @@ LAYERS = (  # a file imports only from layers above its own
     ("merge.files", "merge.adapters", "merge.sparse", "merge.compiled", "merge.plugins"),  # they only say what they are
     ("compositions.mergekit", "compositions.recipe", "compositions.vocabulary"),
     ("compositions.one_off", "compositions.reference", "compositions.reports", "compositions.terminal"),
+    ("merge.on_demand",),
     ("merge.compiled.arena", "merge.compiled.build_hook", "merge.compiled.library", "merge.shown"),
     ("merge.palette", "merge.progress", "merge.exclusive"),
     ("merge.compiled.runs",),

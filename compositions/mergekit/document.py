@@ -18,12 +18,6 @@ from .references import References
 from .tokenizer import Tokenizer
 
 
-def is_mergekit(document: Document) -> bool:
-    """Tell whether a document is a mergekit YAML, or several documents are a bundle of them."""
-    values = document.value if document.bundle else [document.value]
-    return any(isinstance(value, dict) and "merge_method" in value for value in values)
-
-
 def translated(document: Document) -> tuple[Document | None, list[Mistake]]:
     """Write a mergekit YAML as a recipe of ours, whose lines are those of the file.
 

@@ -51,6 +51,12 @@ class Document:
     bundle: bool = False  # several documents: the value is their list
     notes: tuple[str, ...] = ()
 
+    @property
+    def is_mergekit(self) -> bool:
+        """Tell whether it is a mergekit YAML, or a bundle of them."""
+        values = self.value if self.bundle else [self.value]
+        return any(isinstance(value, dict) and "merge_method" in value for value in values)
+
     def where(self, path: KeyPath) -> str:
         """Give `file:line` of a path of keys, or of the nearest thing around it; keys that may be left out may be."""
         return f"{self.file}:{self.line(path)}"

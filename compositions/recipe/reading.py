@@ -17,9 +17,7 @@ from portmanteau.merge.files.places import nearby
 from portmanteau.merge.registry import exists, operators, unknown
 from portmanteau.merge.units import byte_count
 
-from ..composition import compositions
-from ..mergekit.document import is_mergekit, translated
-from ..slices import Slice
+from ..composition import compositions, find
 from ..vocabulary.chat_templates import TEMPLATES
 from .lines import Document, KeyPath, read
 from .operator_body import Finding, OperatorBody, SliceBody, each_slice, operator_arguments
@@ -115,7 +113,7 @@ def load(path: str | Path, *, text: str | None = None) -> Recipe:
 
 def recipe_of(document: Document) -> Recipe:
     """Read a recipe from its document. Raises RecipeError as `load` does."""
-    if is_mergekit(document):
+    if document.is_mergekit:
         return _load_mergekit(document)
     if document.bundle:
         raise RecipeError(document.where((1,)), "a second document", "only bundles of mergekit YAMLs have several")
@@ -126,6 +124,8 @@ def recipe_of(document: Document) -> Recipe:
 
 def _load_mergekit(document: Document) -> Recipe:
     """Read a mergekit YAML as a recipe of ours, and report together what is wrong with either."""
+    from ..mergekit.document import translated
+
     written, mistakes = translated(document)
     try:
         recipe = _Reader(written).recipe() if written is not None else None
@@ -185,10 +185,9 @@ class _Reader:
             return None
         ((name, arguments),) = value.items()
         here = (*path, name)
-        if name in compositions():
-            keys = compositions()[name].parameters
+        if composition := find(str(name)):
             if isinstance(arguments, list):  # a list alone is what the first key says
-                arguments = {next(iter(keys)): arguments}
+                arguments = {next(iter(composition.parameters)): arguments}
             found = self._validated(schema_of(name), arguments or {}, here)
             if found is None:
                 return None
@@ -225,6 +224,8 @@ class _Reader:
         result = dict(arguments)
         for key, value in arguments.items():
             if isinstance(value, list | tuple) and value and all(isinstance(one, SliceBody) for one in value):
+                from ..slices import Slice
+
                 made = list(each_slice(value, path, self._document, Slice))
                 result[key] = [one for one, _ in made]
                 self._all_wrong(found for _, findings in made for found in findings)

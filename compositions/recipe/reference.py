@@ -16,17 +16,8 @@ from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from portmanteau.merge import (
-    Adapter,
-    Bottleneck,
-    Checkpoint,
-    RecipeError,
-    SparseFineTune,
-    open_adapter,
-    open_bottleneck,
-    open_sparse,
-)
-from portmanteau.merge import open as open_checkpoint
+from portmanteau import merge
+from portmanteau.merge import Checkpoint, RecipeError
 from portmanteau.merge.files.hub import is_on_hub
 from portmanteau.merge.files.places import kind, user_path
 
@@ -41,7 +32,6 @@ class Reference(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     may_be_step: ClassVar[bool] = True
-    opener: ClassVar[Callable[..., Any]] = staticmethod(open_checkpoint)
 
     path: str
     revision: str | None = None
@@ -59,6 +49,11 @@ class Reference(BaseModel):
         if isinstance(value, dict) and "path" not in value:
             return tuple(value.items())
         return tuple(one if isinstance(one, tuple) else (one, 1.0) for one in _listed(value))
+
+    @staticmethod
+    def opener() -> Callable[..., Any]:
+        """Give what opens it; asked only then, as a recipe without adapters does not import what opens them."""
+        return merge.open
 
     def local(self, folder: Path) -> Path:
         """Give the path that it would be on this machine, relative to the recipe's folder."""
@@ -91,7 +86,11 @@ class AdapterReference(Reference):
     """What stands for an adapter in a recipe."""
 
     may_be_step: ClassVar[bool] = False
-    opener: ClassVar[Callable[..., Any]] = staticmethod(open_adapter)
+
+    @staticmethod
+    def opener() -> Callable[..., Any]:
+        """Give what opens an adapter."""
+        return merge.open_adapter
 
     @model_validator(mode="after")
     def _alone(self) -> Self:
@@ -107,22 +106,22 @@ class BottleneckReference(Reference):
     """What stands for a bottleneck adapter in a recipe."""
 
     may_be_step: ClassVar[bool] = False
-    opener: ClassVar[Callable[..., Any]] = staticmethod(open_bottleneck)
+
+    @staticmethod
+    def opener() -> Callable[..., Any]:
+        """Give what opens a bottleneck adapter."""
+        return merge.open_bottleneck
 
 
 class SparseReference(Reference):
     """What stands for a sparse fine-tune in a recipe."""
 
     may_be_step: ClassVar[bool] = False
-    opener: ClassVar[Callable[..., Any]] = staticmethod(open_sparse)
 
-
-_KINDS: Mapping[Any, type[Reference]] = {
-    Checkpoint: Reference,
-    Adapter: AdapterReference,
-    Bottleneck: BottleneckReference,
-    SparseFineTune: SparseReference,
-}
+    @staticmethod
+    def opener() -> Callable[..., Any]:
+        """Give what opens a sparse fine-tune."""
+        return merge.open_sparse
 
 
 def _numbers_as_numbers(path: str) -> list[str | int]:
@@ -135,10 +134,21 @@ def _listed(value: Any) -> Any:
     return value if isinstance(value, list | tuple) else [value]
 
 
+@functools.cache
+def _kinds() -> Mapping[Any, type[Reference]]:
+    """Give the kind of reference to what each class opens."""
+    return {
+        Checkpoint: Reference,
+        merge.Adapter: AdapterReference,
+        merge.Bottleneck: BottleneckReference,
+        merge.SparseFineTune: SparseReference,
+    }
+
+
 def as_reference(annotation: Any) -> Any:
     """Put references in the place of what they open, anywhere in an annotation; one may stand for several models."""
-    if isinstance(annotation, type) and annotation in _KINDS:
-        return _KINDS[annotation]
+    if isinstance(annotation, type) and annotation in _kinds():
+        return _kinds()[annotation]
     if hasattr(annotation, "recipe_form"):
         return annotation.recipe_form
     if annotation == Sequence[Checkpoint]:

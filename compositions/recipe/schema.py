@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, create
 
 from portmanteau.merge.errors import nearest
 
-from ..composition import compositions
+from ..composition import find
 from .lines import Document, KeyPath
 from .reference import as_reference
 
@@ -26,7 +26,9 @@ _MEMBER_OF_UNION = re.compile(r"[\[\]-]|^[A-Z]|^(int|float|str)$")
 def schema_of(name: str) -> type[BaseModel]:
     """Make the schema of a composition's body from its signature."""
     fields: dict[str, Any] = {}
-    for key, (annotation, default) in compositions()[name].parameters.items():
+    composition = find(name)
+    assert composition is not None
+    for key, (annotation, default) in composition.parameters.items():
         fields[key] = (as_reference(annotation), ... if default is Parameter.empty else default)
     return create_model(name, __config__=ConfigDict(frozen=True, extra="forbid"), **fields)
 
