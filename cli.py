@@ -1,4 +1,7 @@
-"""The command line: parse, call one function, print. Data on stdout, everything else on stderr."""
+"""The command line: parse, call one function, print. Data on stdout, everything else on stderr.
+
+What only some commands need they import themselves, so that each starts with what it uses.
+"""
 
 from __future__ import annotations
 
@@ -9,27 +12,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from portmanteau import merge
-from portmanteau.compositions import (
-    compare,
-    greedy_soup,
-    load,
-    lock_file,
-    measured_by,
-    overlaps,
-    preflight,
-    rebuilt,
-    reference_page,
-)
-from portmanteau.compositions.build_recipe import build_recipe
-from portmanteau.compositions.one_off import commands, starter
-from portmanteau.compositions.one_off.written import one_off, recipe_beside, write_beside
-from portmanteau.compositions.recipe import text as recipe_text
-from portmanteau.compositions.reference import json_schema
-from portmanteau.compositions.reference import markdown as reference_markdown
-from portmanteau.compositions.reports import built, page
-from portmanteau.compositions.reports import png as heat_map
-from portmanteau.compositions.reports import tables as measures
+from portmanteau import compositions, merge
+from portmanteau.compositions.one_off import commands
 from portmanteau.compositions.terminal import results, tables
 from portmanteau.compositions.terminal.bars import added, drawn_progress
 from portmanteau.compositions.terminal.options import (
@@ -55,7 +39,6 @@ from portmanteau.compositions.terminal.printing import (
     put_table,
     say,
 )
-from portmanteau.merge import describe
 from portmanteau.merge.files.upload import Target, check_target, upload
 from portmanteau.merge.limits import MEMORY, Limits
 from portmanteau.merge.output import check_file
@@ -84,6 +67,8 @@ def build(
     public: Public = False,
 ) -> None:
     """Plan and build: write the model that a recipe asks for. A build that was ended is continued."""
+    from portmanteau.compositions.build_recipe import build_recipe
+
     if push:
         check_target(Target(push, public), force=force)
     with drawn_progress() as progress:
@@ -136,7 +121,7 @@ def verify(
     """Compare a result, every byte of it, with its receipt; name each tensor and file that differs."""
     with drawn_progress() as progress:
         found = merge.verify(out, threads=threads, progress=progress)
-        differing = rebuilt(out, folder=folder, threads=threads, progress=progress) if rebuild else ()
+        differing = compositions.rebuilt(out, folder=folder, threads=threads, progress=progress) if rebuild else ()
     if as_json:
         put_json({**asdict(found), "rebuilt": [asdict(one) for one in differing] if rebuild else None})
     else:
@@ -147,8 +132,10 @@ def verify(
 @app.command()
 def lock(recipe: Recipe, threads: Threads = None, plugin: Plugin = None, as_json: Json = False) -> None:
     """Write RECIPE.lock: the revision and the digest of every file that the recipe reads."""
+    from portmanteau.compositions import lock_file
+
     with drawn_progress() as progress:
-        path, files = lock_file.write(load(recipe), threads=threads, progress=progress)
+        path, files = lock_file.write(compositions.load(recipe), threads=threads, progress=progress)
     if as_json:
         put_json({"lock": str(path), "files": files})
     else:
@@ -165,7 +152,9 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Show what a build would do, without reading any weights."""
-    ready = preflight(recipe)
+    from portmanteau.merge import describe
+
+    ready = compositions.preflight(recipe)
     summary = describe.plan(ready.plan, Limits.of(threads, memory).in_flight(ready.plan))
     if as_json:
         put_json(summary)
@@ -182,7 +171,7 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Check a recipe: its text, the headers of all checkpoints that it names, and the place of the result."""
-    ready = preflight(recipe, out, force=force)
+    ready = compositions.preflight(recipe, out, force=force)
     if as_json:
         put_json(ready.document())
     else:
@@ -192,7 +181,9 @@ def check(
 @app.command()
 def convert(recipe: Recipe, plugin: Plugin = None) -> None:
     """Print a mergekit YAML as a recipe of portmanteau's own, which builds the same bytes."""
-    loaded = load(recipe)
+    from portmanteau.compositions.recipe import text as recipe_text
+
+    loaded = compositions.load(recipe)
     put(recipe_text.written(loaded.document.value).rstrip("\n"))
     notes(loaded.document.notes)
 
@@ -209,6 +200,10 @@ def show(
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of recipes, for editors.")] = False,
 ) -> None:
     """Show the operators and compositions, or one of them with its settings, formula and source."""
+    from portmanteau.compositions import reference_page
+    from portmanteau.compositions.reference import json_schema
+    from portmanteau.compositions.reference import markdown as reference_markdown
+
     if markdown:
         put(reference_markdown.page(typer.main.get_command(app)).rstrip("\n"))
     elif schema:
@@ -228,6 +223,8 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show the tensors, sizes, layers and dtypes of a checkpoint, a bottleneck adapter or a sparse fine-tune."""
+    from portmanteau.merge import describe
+
     found = describe.reference(checkpoint, tensors=tensors)
     if as_json:
         put_json(found)
@@ -249,6 +246,8 @@ def _do(
     **given: Any,
 ) -> None:
     """Write the recipe that the options of a composition or an operator ask for, and build it."""
+    from portmanteau.compositions.one_off.written import one_off, recipe_beside, write_beside
+
     made = one_off(name, given, recipe_beside(out), {"dtype": dtype} if dtype else {})
     made.check()
     if dry_run:
@@ -276,6 +275,9 @@ def new(
     force: Annotated[bool, typer.Option(help="Replace an existing recipe.")] = False,
 ) -> None:
     """Write a first recipe, asking for what is not named, and the schema by which editors help with it."""
+    from portmanteau.compositions.one_off import starter
+    from portmanteau.compositions.reference import json_schema
+
     schema = recipe.with_name(starter.SCHEMA)
     check_file(recipe, force=force)
     check_file(schema, force=force or json_schema.is_ours(schema))
@@ -307,6 +309,9 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Show what a finished build did: its layers, steps, inputs and notes, and its change from each parent."""
+    from portmanteau.compositions.reports import built, page
+    from portmanteau.compositions.reports import tables as measures
+
     found = built.read(out)
     if html:
         check_file(html, force=force)
@@ -337,10 +342,10 @@ def soup(
     as_json: Json = False,
 ) -> None:
     """Build the greedy soup: models averaged one by one, best first, as long as the metric gets no worse."""
-    made = greedy_soup(
+    made = compositions.greedy_soup(
         models,
         out,
-        measure=measured_by(metric),
+        measure=compositions.measured_by(metric),
         minimize=minimize,
         shared=shared,
         force=force,
@@ -373,6 +378,10 @@ def diff(
     as_json: Json = False,
 ) -> None:
     """Show where models changed and meet: `diff EXPERT... --base BASE`, or `diff A B` for the way from A to B."""
+    from portmanteau.compositions.reports import page
+    from portmanteau.compositions.reports import png as heat_map
+    from portmanteau.compositions.reports import tables as measures
+
     if base is None and len(checkpoints) != 2:
         raise typer.BadParameter("name the base: EXPERT... --base BASE, or BASE EXPERT")
     experts, base = (checkpoints, base) if base else (checkpoints[1:], checkpoints[0])
@@ -382,7 +391,7 @@ def diff(
         heat_map.check_plots()
     with drawn_progress() as progress:
         opened = [merge.open(expert) for expert in experts]
-        found = compare(opened, merge.open(base), unmatched=unmatched, ranks=ranks, progress=progress)
+        found = compositions.compare(opened, merge.open(base), unmatched=unmatched, ranks=ranks, progress=progress)
     if csv:
         csv.write_text(measures.csv_text(found, "tensors" if tensors else "modules"), encoding="utf-8")
     if png:
@@ -402,7 +411,9 @@ def overlap(
     as_json: Json = False,
 ) -> None:
     """Show where sparse fine-tunes change the same entries, and whether they pull the same way there."""
-    found = [row for row in overlaps([merge.open_sparse(diff) for diff in diffs]) if tensors or not row.tensor]
+    found = [
+        row for row in compositions.overlaps([merge.open_sparse(diff) for diff in diffs]) if tensors or not row.tensor
+    ]
     if as_json:
         put_json([row.document() for row in found])
     else:

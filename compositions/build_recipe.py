@@ -10,7 +10,6 @@ from portmanteau.merge.non_finite import Choice
 from portmanteau.merge.units import readable
 
 from .compose import compose
-from .lock_file import held_to_lock
 from .preflight import preflight
 from .recipe.reading import load
 
@@ -46,7 +45,11 @@ def build_recipe(
 
     """
     told = progress or Progress()
-    loaded = held_to_lock(load(recipe), threads=threads, progress=told) if locked else None
+    loaded = None
+    if locked:
+        from .lock_file import held_to_lock
+
+        loaded = held_to_lock(load(recipe), threads=threads, progress=told)
     ready = preflight(loaded or Path(recipe), out, force=force, may_stand=True)
     loaded, composed = ready.recipe, ready.composed
     for note in (*composed.notes, *describe.lacks(composed.companions)):

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from inspect import Parameter, signature
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import Option, names, options, summary
+if TYPE_CHECKING:
+    from .options import Option
 
 Run = Callable[..., None]  # name, out, options of every build, and by key what the own options were given
 
@@ -41,6 +42,8 @@ class _Commands(Mapping[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         """Make the command of one of them."""
+        from .options import names, summary
+
         if name not in names():
             raise KeyError(name)
         only = typer.Typer(add_completion=False)
@@ -49,15 +52,19 @@ class _Commands(Mapping[str, Any]):
 
     def __iter__(self) -> Iterator[str]:
         """Go through their names."""
+        from .options import names
+
         return iter(names())
 
     def __len__(self) -> int:
         """Count them."""
-        return len(names())
+        return len([*self])
 
 
 def _doing(name: str, run: Run) -> Any:
     """Make the function behind `do NAME`, its parameters the options of NAME and those of every build."""
+    from .options import options
+
     declared = signature(run, eval_str=True)
     _, place, *common = (one for one in declared.parameters.values() if one.kind is not one.VAR_KEYWORD)
     own = map(_parameter, options(name))

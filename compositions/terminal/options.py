@@ -10,8 +10,6 @@ import typer
 from portmanteau.merge.plugins.discovery import announce
 from portmanteau.merge.units import byte_count
 
-from ..reference_page import overview
-
 
 def _bytes(text: str) -> int:
     """Read a size given on the command line."""
@@ -30,6 +28,8 @@ def _announce(modules: list[str] | None) -> list[str] | None:
 
 def completed(incomplete: str) -> list[tuple[str, str]]:
     """Complete the name of a composition or an operator."""
+    from ..reference_page import overview
+
     return [(one["name"], one["summary"]) for one in overview() if one["name"].startswith(incomplete)]
 
 

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 from portmanteau.merge.origins import strips
 from portmanteau.merge.units import readable
 
-from ..reports import maps
-from ..reports import tables as measures
 from . import tables
 from .printing import draw_maps, draw_strips, is_drawn, notes, put, put_table, say
 
@@ -90,6 +88,8 @@ def inspected(checkpoint: str, found: Mapping[str, Any]) -> None:
 
 def report(found: Built, changed: Sequence[Comparison], told: Sequence[str], picture: bool | None) -> None:
     """Print what a finished build did, and its change from each parent."""
+    from ..reports import tables as measures
+
     if is_drawn(picture):
         draw_strips(found.layers)
     put_table(found.steps())
@@ -105,6 +105,9 @@ def report(found: Built, changed: Sequence[Comparison], told: Sequence[str], pic
 
 def comparison(found: Comparison, picture: bool | None, *, tensors: bool) -> None:
     """Print where models changed and meet."""
+    from ..reports import maps
+    from ..reports import tables as measures
+
     for table in measures.printed(found, tensors=tensors):
         put_table(table)
     if is_drawn(picture):

@@ -9,10 +9,6 @@ from ..companions import Companions
 from ..origins import strips
 from ..plan import Plan
 from ..receipt import choices
-from ..stored import open
-from .bottleneck import adapters, is_bottleneck
-from .checkpoints import checkpoint
-from .sparse import is_sparse, sparse_fine_tune
 
 
 def plan(made: Plan, bytes_in_flight: int) -> dict[str, Any]:
@@ -62,6 +58,11 @@ def reference(where: str, *, tensors: bool = False) -> dict[str, Any]:
 
     Raises CheckpointError where it cannot be opened.
     """
+    from ..stored import open
+    from .bottleneck import adapters, is_bottleneck
+    from .checkpoints import checkpoint
+    from .sparse import is_sparse, sparse_fine_tune
+
     if is_bottleneck(where):
         return adapters(where, tensors=tensors)
     if is_sparse(where):
