@@ -5,6 +5,7 @@ What only some commands need they import themselves, so that each starts with wh
 
 from __future__ import annotations
 
+import gc
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -422,6 +423,7 @@ def overlap(
 
 def main() -> None:
     """Run the command line; a user's mistake ends with a message and status 1."""
+    gc.freeze()  # what was imported stays: no collection looks through it again, at the exit least of all
     try:
         app()
     except merge.PortmanteauError as error:
