@@ -1,9 +1,8 @@
 """The command line: parse, call one function, print. Data on stdout, everything else on stderr.
 
-What only some commands need they import themselves, so that each starts with what it uses.
+What only some commands need they import themselves, so that each starts with what it uses. Annotations are values, not
+strings: typer reads those of all commands at every start, and would evaluate them.
 """
-
-from __future__ import annotations
 
 import gc
 import sys

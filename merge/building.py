@@ -25,14 +25,12 @@ from .journal import Finished, Journal
 from .limits import Limits
 from .node import Step, Survey
 from .non_finite import Choice, Watch
-from .notebook import default_progress
 from .output import Work, check_place, healed, is_result, published
 from .page_cache import crowds_memory
 from .plan import Plan, make_plan
 from .plugins.source_files import Plugins, source_files
 from .progress import Progress
 from .receipt import Done, Receipt, file_records, make_receipt, surveys
-from .up_to_date import up_to_date
 from .writer import Writer
 
 SHARD_SIZE = 5_000_000_000
@@ -76,7 +74,7 @@ def build(
 
     Raises MergeError, CheckpointError or OutputError; the first two before any weights are read, where headers show it.
     """
-    begun, out, progress, device = time.monotonic(), Path(out), progress or default_progress(), chosen(device)
+    begun, out, progress, device = time.monotonic(), Path(out), progress or _default_progress(), chosen(device)
     if non_finite not in get_args(Choice):
         raise MergeError("non_finite", f"unknown choice {non_finite!r}", nearest(non_finite, get_args(Choice)))
     plan = make_plan(checkpoint, parse(dtype) if dtype else None)
@@ -97,10 +95,18 @@ def build(
         return making.result(plan, shard_size, beside, text, begun)
 
 
+def _default_progress() -> Progress:
+    from .notebook import default_progress
+
+    return default_progress()
+
+
 def _standing(out: Path, made_from: Identity | None, non_finite: str) -> Receipt | str:
     """Give the receipt of a result that stands there and is what is asked for; else how it differs, as far as known."""
     if made_from is None or not is_result(out):
         return ""
+    from .up_to_date import up_to_date
+
     return up_to_date(out, made_from, non_finite)
 
 

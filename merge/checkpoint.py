@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
 
-from . import notebook
 from .companions import Companions, true_config
 from .errors import CheckpointError, some
 from .names import Layers, Stack
@@ -67,6 +66,8 @@ class Checkpoint(ABC):
 
     def _repr_html_(self) -> str:
         """A table of the stacks of layers and what is outside them, for notebooks."""
+        from . import notebook
+
         groups: dict[Stack | None, list[TensorSpec]] = {}
         for name, spec in self.specs.items():
             place = self.layers.place(name)

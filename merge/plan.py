@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from . import notebook
 from .checkpoint import Checkpoint
 from .companions import Companions
 from .dtypes import is_float
@@ -53,6 +52,8 @@ class Plan:
 
     def _repr_html_(self) -> str:
         """A table of what is done, and the models that each layer comes from, for notebooks."""
+        from . import notebook
+
         groups: dict[tuple[str, str], list[int]] = {}
         for step in self.steps:
             groups.setdefault((step.operator.name, ", ".join(step.labels)), []).append(step.output.nbytes)

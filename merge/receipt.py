@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from . import notebook
 from .errors import OutputError
 from .files.digests import digest, digest_of_file
 from .identity import Identity, package_version
@@ -79,6 +78,8 @@ class Receipt:
 
     def _repr_html_(self) -> str:
         """A table of what was done, for notebooks."""
+        from . import notebook
+
         rows = [
             (row["operator"], ", ".join(row["models"]), row["tensors"], readable(row["bytes"])) for row in self.choices
         ]

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
 
-from . import notebook
 from .checkpoint import Checkpoint
 from .companions import Companions
 from .composed import Composed
@@ -51,6 +50,8 @@ class Surveyed(Checkpoint):
 
     def _repr_html_(self) -> str:
         """A table of what must be found first; showing it reads nothing."""
+        from . import notebook
+
         return notebook.table(
             repr(self)[1:-1], ("survey first", "reads"), [(self.survey.title, readable(self.survey.nbytes))]
         )
