@@ -58,7 +58,7 @@ class _Commands(Mapping[str, Any]):
 
     def __len__(self) -> int:
         """Count them."""
-        return len([*self])
+        return sum(1 for _ in self)
 
 
 def _doing(name: str, run: Run) -> Any:
