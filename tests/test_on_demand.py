@@ -74,6 +74,16 @@ print([name for name in names if name in ("compositions.lora", "compositions.sli
     assert printed(code) == "['merge.operators.linear']\n[]"
 
 
+def test_a_recipe_of_models_imports_nothing_that_opens_adapters() -> None:
+    code = """
+import sys
+from portmanteau.compositions.recipe.schema import schema_of
+schema_of("layer_swap")
+print([name for name in ("adapters.adapter", "sparse.file") if f"portmanteau.merge.{name}" in sys.modules])
+"""
+    assert printed(code) == "[]"
+
+
 def test_an_operator_of_a_user_is_not_replaced_when_ours_of_its_name_is_looked_up() -> None:
     code = """
 from portmanteau.merge import operator

@@ -124,6 +124,14 @@ class SparseReference(Reference):
         return merge.open_sparse
 
 
+_KINDS: Mapping[str, type[Reference]] = {  # by the name that what they open has in merge
+    "Checkpoint": Reference,
+    "Adapter": AdapterReference,
+    "Bottleneck": BottleneckReference,
+    "SparseFineTune": SparseReference,
+}
+
+
 def _numbers_as_numbers(path: str) -> list[str | int]:
     """Order `checkpoint-90` before `checkpoint-100`."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d{1,4000})", path)]
@@ -134,21 +142,11 @@ def _listed(value: Any) -> Any:
     return value if isinstance(value, list | tuple) else [value]
 
 
-@functools.cache
-def _kinds() -> Mapping[Any, type[Reference]]:
-    """Give the kind of reference to what each class opens."""
-    return {
-        Checkpoint: Reference,
-        merge.Adapter: AdapterReference,
-        merge.Bottleneck: BottleneckReference,
-        merge.SparseFineTune: SparseReference,
-    }
-
-
 def as_reference(annotation: Any) -> Any:
     """Put references in the place of what they open, anywhere in an annotation; one may stand for several models."""
-    if isinstance(annotation, type) and annotation in _kinds():
-        return _kinds()[annotation]
+    kind = _KINDS.get(name := getattr(annotation, "__name__", ""))
+    if kind and annotation is getattr(merge, name):
+        return kind
     if hasattr(annotation, "recipe_form"):
         return annotation.recipe_form
     if annotation == Sequence[Checkpoint]:
