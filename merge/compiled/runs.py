@@ -29,8 +29,8 @@ class Whole(Protocol):
     def entries(self) -> int:
         """How many each of them has."""
 
-    def runs(self, every: int = 1) -> Iterator[Run]:
-        """Read them, run by run; of what cannot be held in memory, one run in so many."""
+    def runs(self, every: int = 1, start: int = 0) -> Iterator[Run]:
+        """Read them, run by run, from the run on that begins at an entry; of what is not held, one run in so many."""
 
 
 class Form(Protocol):
