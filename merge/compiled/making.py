@@ -144,8 +144,8 @@ class _Applied:
         self._step, self._session, self._form, self._dtype = step, session, found, DTYPES[dtype]
         self._is_measured = False
         total = sum(byte_size(node.output.dtype, self.entries) for node in step.inputs)
-        self._held = found.revisits and total <= 2 * session.keep  # there is no scratch beside it, as torch needs
-        self._met = Met(step.inputs, session, held=self._held)
+        self.held = found.revisits and total <= 2 * session.keep  # there is no scratch beside it, as torch needs
+        self._met = Met(step.inputs, session, held=self.held)
         self.size = self._met.size
 
     def settle(self, memory: Arena) -> None:
@@ -163,9 +163,8 @@ class _Applied:
             raise located(error, self._step) from error
 
     def runs(self, every: int = 1, start: int = 0) -> Iterator[Run]:
-        """Read all inputs, run by run, from the run on that begins at `start`; where they are not held, one in so many."""
-        left = (span for span in self._session.spans(self.entries) if span.start >= start)
-        spans = islice(left, 0, None, 1 if self._held else every)
+        """Read all inputs, run by run: one in so many, from the one on that begins at an entry."""
+        spans = (span for span in islice(self._session.spans(self.entries), 0, None, every) if span.start >= start)
         return map(partial(self._met.run, look=False), spans)  # they are looked at when the result is made
 
 

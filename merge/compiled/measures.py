@@ -18,7 +18,7 @@ from .arena import ALIGNMENT, arena
 from .library import DTYPES, HIGHER, NO_TENSOR, ROW, Histograms, Stored, Thinning, functions
 from .runs import Whole
 
-_SAMPLED = 16  # one row in so many is looked at first
+_SAMPLED = 16  # one row in so many, or one run, is looked at first
 _MARGIN = 0.05  # how far, as a share of what is wanted, the first look may be wrong
 _ROOM = 1 << 22  # entries near a boundary that may be held in memory; where there are more, a radix selection is made
 
@@ -106,10 +106,11 @@ def _regions(whole: Whole, wanted: Mapping[int, int]) -> dict[int, tuple[int, in
     """Tell for each model between which bits its boundary probably lies, from some of the rows."""
     counts = _histograms(wanted)
     seen = 0
-    for run in whole.runs(_SAMPLED):
-        seen += sum(min(ROW, run.count - start) for start in range(0, run.count, ROW * _SAMPLED))
+    runs, rows = (1, _SAMPLED) if whole.held else (_SAMPLED, 1)
+    for run in whole.runs(runs):
+        seen += sum(min(ROW, run.count - start) for start in range(0, run.count, ROW * rows))
         for model in wanted:
-            functions().count_digits(run.count, run.models[model], run.base, _SAMPLED, HIGHER, counts[model])
+            functions().count_digits(run.count, run.models[model], run.base, rows, HIGHER, counts[model])
     found = {}
     for model, count in wanted.items():
         share = count * seen / whole.entries
