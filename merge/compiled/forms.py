@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 from ..inner_products import InnerProducts
 from ..kernels import Cut, random_key
-from .library import ROW, Merging, Thinning, functions
-from .measures import inner_products, l1_factor, largest
+from .library import BLOCK, Merging, Thinning, functions
+from .measures import inner_products, l1_factors, largest
 from .runs import Run, Whole
 
 _ELECT = {"none": 0, "weighted": 1, "unweighted": 2}
@@ -109,9 +109,9 @@ class ThinnedSum:
         limits = [
             self._limit(one, cut, whole.streams[i]) for i, (one, cut) in enumerate(zip(self.thin, cuts, strict=True))
         ]
-        for model, one in enumerate(self.thin):
-            if one.factor is None:
-                limits[model].factor = l1_factor(whole, model, limits[model])
+        unknown = {model: limits[model] for model, one in enumerate(self.thin) if one.factor is None}
+        for model, factor in l1_factors(whole, unknown).items():
+            limits[model].factor = factor
         return replace(self, limits=tuple(limits))
 
     def _limit(self, one: Thin, cut: Cut | None, stream: int) -> Thinning:
@@ -129,7 +129,7 @@ class ThinnedSum:
         divisors = {"none": 1.0, "weights": sum(self.weights), "count": float(count)}
         merging = Merging(_ELECT[self.elect], _DIVIDE[self.divide], divisors[self.divide], self.scale)
         thin, weights = (Thinning * count)(*self.limits), (c_float * count)(*self.weights)
-        scratch = (c_float * (count * ROW))()
+        scratch = (c_float * (count * BLOCK))()
         functions().thinned_sum(
             run.count, count, run.models, weights, thin, run.base, merging, run.start, scratch, out, dtype
         )

@@ -10,10 +10,13 @@
 #include <string.h>
 
 #define ROW 4096 /* merge/kernels.py has the same */
+#define BLOCK 1024 /* entries that are worked on at once, so that all that is made of them stays in the nearest cache */
 #define GRID 65536 /* merge/evaluate.py has the same */
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__gnu_linux__)
+#include <immintrin.h>
 #define WIDE __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define COMPRESSES __attribute__((target("avx512f,avx512vl")))
 #else
 #define WIDE
 #endif
@@ -116,6 +119,11 @@ INLINE void store(void *to, const float *restrict from, int dtype, size_t start,
 
 /* Load a block of one model: its weights, or minus those of the base, where there is one. */
 INLINE void load_vector(float *restrict to, tensor from, const float *restrict base, size_t start, size_t count) {
+    if (base && from.dtype == BF16) { /* in one go */
+        const uint16_t *raw = (const uint16_t *)from.data + start;
+        for (size_t i = 0; i < count; i++) to[i] = of_bits((uint32_t)raw[i] << 16) - base[i];
+        return;
+    }
     load(to, from.data, from.dtype, start, count);
     if (base)
         for (size_t i = 0; i < count; i++) to[i] -= base[i];
@@ -134,7 +142,7 @@ INLINE void finish(
     store(out, sum, dtype, start, count);
 }
 
-INLINE size_t block_at(size_t start, size_t entries) { return entries - start < ROW ? entries - start : ROW; }
+INLINE size_t block_at(size_t start, size_t entries, size_t most) { return entries - start < most ? entries - start : most; }
 
 /* ---- linear, task_arithmetic, slerp, casts: [base +] (sum w_i · (x_i [- base])) / divisor · scale */
 
@@ -142,9 +150,9 @@ API WIDE void weighted_sum(
     size_t entries, int models, const tensor *inputs, const float *weights, tensor base, float divisor, float scale,
     void *out, int dtype
 ) {
-    float sum[ROW], one[ROW], below[ROW];
-    for (size_t start = 0; start < entries; start += ROW) {
-        size_t count = block_at(start, entries);
+    float sum[BLOCK], one[BLOCK], below[BLOCK];
+    for (size_t start = 0; start < entries; start += BLOCK) {
+        size_t count = block_at(start, entries, BLOCK);
         const float *from = base.data ? below : NULL;
         int present = 0;
         if (from) load(below, base.data, base.dtype, start, count);
@@ -166,21 +174,43 @@ API WIDE void weighted_sum(
 
 /* ---- sums over rows, halved until one number is left; what is lacking of the last row counts as zero */
 
-INLINE double halved(double *restrict values) {
-    for (size_t half = ROW / 2; half > 0; half /= 2)
-        for (size_t i = 0; i < half; i++) values[i] += values[i + half];
-    return values[0];
+typedef double term(const float *a, const float *b, size_t i);
+
+INLINE double product(const float *a, const float *b, size_t i) { return (double)a[i] * (double)b[i]; }
+
+INLINE double magnitude(const float *a, const float *b, size_t i) {
+    (void)b;
+    return fabsf(a[i]);
+}
+
+/* What the first four halvings leave at a place: its terms, added up in registers. */
+INLINE double two(term of, const float *a, const float *b, size_t i) { return of(a, b, i) + of(a, b, i + ROW / 2); }
+INLINE double four(term of, const float *a, const float *b, size_t i) {
+    return two(of, a, b, i) + two(of, a, b, i + ROW / 4);
+}
+INLINE double eight(term of, const float *a, const float *b, size_t i) {
+    return four(of, a, b, i) + four(of, a, b, i + ROW / 8);
+}
+INLINE double sixteen(term of, const float *a, const float *b, size_t i) {
+    return eight(of, a, b, i) + eight(of, a, b, i + ROW / 16);
+}
+
+INLINE double row_sum(term of, const float *a, const float *b) {
+    double sums[ROW / 16];
+    for (size_t i = 0; i < ROW / 16; i++) sums[i] = sixteen(of, a, b, i);
+    for (size_t half = ROW / 32; half > 0; half /= 2)
+        for (size_t i = 0; i < half; i++) sums[i] += sums[i + half];
+    return sums[0];
 }
 
 /* The inner products of all pairs i <= j: sums[pair][row], pairs in the order (0, 0), (0, 1), …, (1, 1), … */
 API WIDE void inner_products(
     size_t entries, int models, const tensor *inputs, tensor base, float *scratch /* [models][ROW] */, double *sums
 ) {
-    double products[ROW];
     float below[ROW];
     size_t rows = (entries + ROW - 1) / ROW;
     for (size_t row = 0; row < rows; row++) {
-        size_t start = row * ROW, count = block_at(start, entries);
+        size_t start = row * ROW, count = block_at(start, entries, ROW);
         const float *from = base.data ? below : NULL;
         if (from) load(below, base.data, base.dtype, start, count);
         for (int model = 0; model < models; model++) {
@@ -191,8 +221,7 @@ API WIDE void inner_products(
         for (int one = 0; one < models; one++) {
             for (int other = one; other < models; other++, sum += rows) {
                 const float *a = scratch + one * ROW, *b = scratch + other * ROW;
-                for (size_t i = 0; i < ROW; i++) products[i] = (double)a[i] * (double)b[i];
-                *sum = halved(products);
+                *sum = row_sum(product, a, b);
             }
         }
     }
@@ -211,7 +240,7 @@ API WIDE void count_digits(
     float one[ROW], below[ROW];
     uint32_t bits[ROW];
     for (size_t start = 0; start < entries; start += ROW * every) {
-        size_t count = block_at(start, entries);
+        size_t count = block_at(start, entries, ROW);
         if (base.data) load(below, base.data, base.dtype, start, count);
         load_vector(one, input, base.data ? below : NULL, start, count);
         for (size_t i = 0; i < count; i++) bits[i] = bits_of(one[i]) & 0x7fffffffu;
@@ -243,15 +272,35 @@ API void find_digit(const uint32_t *lanes, int64_t wanted, int64_t found[3]) {
     }
 }
 
+#ifdef COMPRESSES
+COMPRESSES static size_t compressed(const uint32_t *bits, uint32_t low, uint32_t high, size_t count, uint32_t *where) {
+    __m512i lowest = _mm512_set1_epi32((int)low), width = _mm512_set1_epi32((int)(high - low));
+    __m512i place = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    size_t found = 0;
+    for (size_t i = 0; i < count; i += 16) {
+        __mmask16 there = (__mmask16)(count - i < 16 ? (1u << (count - i)) - 1 : 0xffffu);
+        __m512i now = _mm512_maskz_loadu_epi32(there, bits + i);
+        __mmask16 marks = _mm512_mask_cmplt_epu32_mask(there, _mm512_sub_epi32(now, lowest), width);
+        _mm512_storeu_si512(where + found, _mm512_maskz_compress_epi32(marks, place)); /* what is beyond them is overwritten */
+        found += (size_t)__builtin_popcount(marks);
+        place = _mm512_add_epi32(place, _mm512_set1_epi32(16));
+    }
+    return found;
+}
+#endif
+
 /* Find the entries of a block whose bits lie in [low, high): their positions in it, ascending; gives how many there are. */
 INLINE size_t within(const uint32_t *restrict bits, uint32_t low, uint32_t high, size_t count, uint32_t *restrict where) {
-    uint8_t marks[ROW];
+#ifdef COMPRESSES
+    if (__builtin_cpu_supports("avx512vl")) return compressed(bits, low, high, count, where);
+#endif
+    uint8_t marks[BLOCK];
     size_t total = 0, found = 0;
     for (size_t i = 0; i < count; i++) marks[i] = bits[i] - low < high - low;
-    for (size_t i = count; i < ROW; i++) marks[i] = 0;
-    for (size_t i = 0; i < ROW; i++) total += marks[i];
+    for (size_t i = count; i < BLOCK; i++) marks[i] = 0;
+    for (size_t i = 0; i < BLOCK; i++) total += marks[i];
     if (!total) return 0;
-    size_t step = total < count / 16 ? 8 : ROW; /* where few are wanted, what has none of them is passed over */
+    size_t step = total < count / 16 ? 8 : BLOCK; /* where few are wanted, what has none of them is passed over */
     for (size_t i = 0; i < count; i += step) {
         uint64_t any = 1;
         if (step == 8) memcpy(&any, marks + i, 8);
@@ -270,12 +319,12 @@ INLINE int64_t sift_rows(
     size_t start, size_t stop, tensor input, tensor base, uint32_t low, uint32_t high, uint32_t *kept, size_t room,
     int64_t *above
 ) {
-    float one[ROW], below[ROW];
-    uint32_t bits[ROW], where[ROW + 1];
+    float one[BLOCK], below[BLOCK];
+    uint32_t bits[BLOCK], where[BLOCK + 16];
     size_t total = 0;
     int64_t larger = 0;
-    for (; start < stop; start += ROW) {
-        size_t count = block_at(start, stop);
+    for (; start < stop; start += BLOCK) {
+        size_t count = block_at(start, stop, BLOCK);
         if (base.data) load(below, base.data, base.dtype, start, count);
         load_vector(one, input, base.data ? below : NULL, start, count);
         uint32_t here = 0;
@@ -334,12 +383,12 @@ API WIDE size_t take_selected(
     size_t entries, tensor input, tensor base, uint32_t boundary, const int64_t *ties, int64_t index, size_t skip,
     size_t most, int64_t *positions, float *values
 ) {
-    float one[ROW], below[ROW];
-    uint32_t bits[ROW], where[ROW + 1];
+    float one[BLOCK], below[BLOCK];
+    uint32_t bits[BLOCK], where[BLOCK + 16];
     size_t written = 0;
     int64_t left = 0;
-    for (size_t start = 0; start < entries && written < most; start += ROW) {
-        size_t count = block_at(start, entries), found = 0;
+    for (size_t start = 0; start < entries && written < most; start += BLOCK) {
+        size_t count = block_at(start, entries, BLOCK), found = 0;
         if (start % GRID == 0) left = ties[start / GRID];
         load(below, base.data, base.dtype, start, count);
         load_vector(one, input, below, start, count);
@@ -380,10 +429,10 @@ API void find_among(const uint32_t *bits, size_t count, int64_t wanted, uint32_t
 
 /* The position of the ordinal-th entry (from 1) of exactly this magnitude; -(how many there are) - 1 where there are fewer. */
 API WIDE int64_t find_equal(size_t entries, tensor input, tensor base, float value, int64_t ordinal) {
-    float one[ROW], below[ROW];
+    float one[BLOCK], below[BLOCK];
     int64_t passed = 0;
-    for (size_t start = 0; start < entries; start += ROW) {
-        size_t count = block_at(start, entries);
+    for (size_t start = 0; start < entries; start += BLOCK) {
+        size_t count = block_at(start, entries, BLOCK);
         int64_t here = 0;
         if (base.data) load(below, base.data, base.dtype, start, count);
         load_vector(one, input, base.data ? below : NULL, start, count);
@@ -398,8 +447,10 @@ API WIDE int64_t find_equal(size_t entries, tensor input, tensor base, float val
 
 /* ---- random masks: SplitMix64 at counter index + 1 of the stream `key` */
 
-INLINE uint64_t drawn(uint64_t key, uint64_t index) {
-    uint64_t state = key + (index + 1) * 0x9e3779b97f4a7c15u;
+#define GOLDEN 0x9e3779b97f4a7c15u
+
+/* The draw, of 53 bits, in a state: key + (index + 1) · GOLDEN. */
+INLINE uint64_t drawn(uint64_t state) {
     state = (state ^ state >> 30) * 0xbf58476d1ce4e5b9u;
     state = (state ^ state >> 27) * 0x94d049bb133111ebu;
     return (state ^ state >> 31) >> 11;
@@ -410,23 +461,23 @@ INLINE void thin(float *restrict delta, thinning how, uint64_t index, size_t cou
     if (how.kind == 1) {
         int64_t left = how.last - (int64_t)index; /* equal ones are kept up to here */
         if (left >= (int64_t)count) {
-            for (size_t i = 0; i < count; i++) delta[i] = fabsf(delta[i]) >= how.value ? delta[i] : 0.0f;
+            for (size_t i = 0; i < count; i++) delta[i] = (fabsf(delta[i]) >= how.value ? delta[i] : 0.0f) * how.factor;
+        } else if (left < 0) {
+            for (size_t i = 0; i < count; i++) delta[i] = (fabsf(delta[i]) > how.value ? delta[i] : 0.0f) * how.factor;
         } else {
-            int32_t limit = left < -1 ? -1 : (int32_t)left;
             for (size_t i = 0; i < count; i++) {
                 float size = fabsf(delta[i]);
-                int kept = (size > how.value) | ((size == how.value) & ((int32_t)i <= limit));
-                delta[i] = kept ? delta[i] : 0.0f;
+                int kept = (size > how.value) | ((size == how.value) & ((int64_t)i <= left));
+                delta[i] = (kept ? delta[i] : 0.0f) * how.factor;
             }
         }
     } else if (how.kind == 2) {
+        uint64_t state = how.key + index * GOLDEN;
         for (size_t i = 0; i < count; i++) {
-            uint32_t kept = drawn(how.key, index + i) < how.limit ? 0xffffffffu : 0u;
-            delta[i] = of_bits(bits_of(delta[i]) & kept);
+            uint32_t kept = drawn(state += GOLDEN) < how.limit ? 0xffffffffu : 0u;
+            delta[i] = of_bits(bits_of(delta[i]) & kept) * how.factor;
         }
     }
-    if (how.kind)
-        for (size_t i = 0; i < count; i++) delta[i] *= how.factor;
 }
 
 /* For one model, the sums over rows of |delta|, and of |delta| of what is kept: sums[2][row]. */
@@ -434,20 +485,17 @@ API WIDE void magnitudes(
     size_t entries, tensor input, tensor base, const thinning *how, int64_t index, double *sums
 ) {
     float one[ROW], below[ROW];
-    double values[ROW];
     size_t rows = (entries + ROW - 1) / ROW;
     thinning keep = *how;
     keep.factor = 1.0f;
     for (size_t row = 0; row < rows; row++) {
-        size_t start = row * ROW, count = block_at(start, entries);
+        size_t start = row * ROW, count = block_at(start, entries, ROW);
         if (base.data) load(below, base.data, base.dtype, start, count);
         load_vector(one, input, base.data ? below : NULL, start, count);
         for (size_t i = count; i < ROW; i++) one[i] = 0.0f;
-        for (size_t i = 0; i < ROW; i++) values[i] = fabsf(one[i]);
-        sums[row] = halved(values);
+        sums[row] = row_sum(magnitude, one, NULL);
         thin(one, keep, (uint64_t)index + start, count);
-        for (size_t i = 0; i < ROW; i++) values[i] = fabsf(one[i]);
-        sums[rows + row] = halved(values);
+        sums[rows + row] = row_sum(magnitude, one, NULL);
     }
 }
 
@@ -458,7 +506,7 @@ INLINE void sum_of_all(
 ) {
     int present = 0;
     for (int model = 0; model < models; model++) {
-        const float *delta = deltas + model * ROW;
+        const float *delta = deltas + model * BLOCK;
         float weight = weights[model];
         if (weight == 0.0f) continue;
         if (!present++)
@@ -472,26 +520,26 @@ INLINE void sum_of_all(
 INLINE void sum_of_agreeing(
     float *restrict sum, const float *restrict deltas, const float *weights, int models, merging how, size_t count
 ) {
-    float votes[ROW], shares[ROW];
+    float votes[BLOCK], shares[BLOCK];
     for (int model = 0; model < models; model++) {
-        const float *delta = deltas + model * ROW;
+        const float *delta = deltas + model * BLOCK;
         float weight = how.elect == BY_WEIGHTED ? weights[model] : 1.0f;
         if (!model)
             for (size_t i = 0; i < count; i++) votes[i] = delta[i] * weight;
         else
             for (size_t i = 0; i < count; i++) votes[i] += delta[i] * weight;
     }
-    for (size_t i = 0; i < count; i++) sum[i] = -0.0f, shares[i] = 0.0f; /* -0 + x is x, whatever the sign of a zero */
     for (int model = 0; model < models; model++) {
-        const float *restrict delta = deltas + model * ROW;
+        const float *restrict delta = deltas + model * BLOCK;
         float weight = weights[model], vote = how.elect == BY_WEIGHTED ? weight : 1.0f;
         float share = how.divide == BY_COUNT ? 1.0f : weight;
         for (size_t i = 0; i < count; i++) {
             float voice = delta[i] * vote;
             uint32_t plus = votes[i] >= 0.0f ? 0u : 0x80000000u;
             uint32_t same = of_bits(bits_of(voice) ^ plus) > 0.0f ? 0xffffffffu : 0u;
-            sum[i] += of_bits(bits_of(delta[i] * weight) & same);
-            shares[i] += of_bits(bits_of(share) & same);
+            float more = of_bits(bits_of(delta[i] * weight) & same), by = of_bits(bits_of(share) & same);
+            sum[i] = model ? sum[i] + more : more;
+            shares[i] = model ? shares[i] + by : by;
         }
     }
     if (how.divide != BY_NOTHING)
@@ -500,16 +548,16 @@ INLINE void sum_of_agreeing(
 
 API WIDE void thinned_sum(
     size_t entries, int models, const tensor *inputs, const float *weights, const thinning *thin_by, tensor base,
-    merging how, int64_t index, float *scratch /* [models][ROW] */, void *out, int dtype
+    merging how, int64_t index, float *scratch /* [models][BLOCK] */, void *out, int dtype
 ) {
-    float sum[ROW], below[ROW];
-    for (size_t start = 0; start < entries; start += ROW) {
-        size_t count = block_at(start, entries);
+    float sum[BLOCK], below[BLOCK];
+    for (size_t start = 0; start < entries; start += BLOCK) {
+        size_t count = block_at(start, entries, BLOCK);
         const float *from = base.data ? below : NULL;
         if (from) load(below, base.data, base.dtype, start, count);
         for (int model = 0; model < models; model++) {
-            load_vector(scratch + model * ROW, inputs[model], from, start, count);
-            thin(scratch + model * ROW, thin_by[model], (uint64_t)index + start, count);
+            load_vector(scratch + model * BLOCK, inputs[model], from, start, count);
+            thin(scratch + model * BLOCK, thin_by[model], (uint64_t)index + start, count);
         }
         if (how.elect == EVERY)
             sum_of_all(sum, scratch, weights, models, count);

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 DTYPES = {"F32": 0, "BF16": 1, "F16": 2}  # what it loads and stores, by the numbers in kernels.c
-ROW = 4096
+ROW = 4096  # entries that are summed up together
+BLOCK = 1024  # entries that are worked on at once
 TILE = 16  # columns that are multiplied at once
 LANES = 4  # histograms of one digit, side by side
 _FILE = Path(__file__).with_name("kernels.native")
@@ -94,9 +95,12 @@ _SIGNATURES: dict[str, tuple[Any, Sequence[Any]]] = {
 }
 
 
+Histograms = c_uint32 * (LANES << 16)  # of one digit, side by side
+
+
 def lanes() -> Array[c_uint32]:
-    """Give empty histograms of one digit, side by side."""
-    return (c_uint32 * (LANES << 16))()
+    """Give empty histograms."""
+    return Histograms()
 
 
 def functions() -> Any:

@@ -144,8 +144,8 @@ class _Applied:
         self._step, self._session, self._form, self._dtype = step, session, found, DTYPES[dtype]
         self._is_measured = False
         total = sum(byte_size(node.output.dtype, self.entries) for node in step.inputs)
-        self._held = found.revisits and total <= session.keep
-        self._met = Met(step.inputs, session, held=self._held)
+        self.held = found.revisits and total <= 2 * session.keep  # there is no scratch beside it, as torch needs
+        self._met = Met(step.inputs, session, held=self.held)
         self.size = self._met.size
 
     def settle(self, memory: Arena) -> None:
@@ -162,9 +162,9 @@ class _Applied:
         except PortmanteauError as error:
             raise located(error, self._step) from error
 
-    def runs(self, every: int = 1) -> Iterator[Run]:
-        """Read all inputs, run by run; where they are not held, one run in so many."""
-        spans = islice(self._session.spans(self.entries), 0, None, 1 if self._held else every)
+    def runs(self, every: int = 1, start: int = 0) -> Iterator[Run]:
+        """Read all inputs, run by run: one in so many, from the one on that begins at an entry."""
+        spans = (span for span in islice(self._session.spans(self.entries), 0, None, every) if span.start >= start)
         return map(partial(self._met.run, look=False), spans)  # they are looked at when the result is made
 
 

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
-from ctypes import Array, addressof, c_double, c_float, c_int64, c_uint32, memset, sizeof
+from bisect import bisect_right
+from collections.abc import Collection, Mapping, Sequence
+from ctypes import Array, c_double, c_float, c_int64, c_uint32, memset, sizeof
 from dataclasses import dataclass
 
 from ..inner_products import InnerProducts, squared
 from ..kernels import NO_LIMIT, Cut, exact_sum
-from .library import HIGHER, ROW, Thinning, functions, lanes
+from .arena import ALIGNMENT, arena
+from .library import DTYPES, HIGHER, NO_TENSOR, ROW, Histograms, Stored, Thinning, functions
 from .runs import Whole
 
-_SAMPLED = 16  # one row in so many is looked at first
+_SAMPLED = 16  # one row in so many, or one run, is looked at first
 _MARGIN = 0.05  # how far, as a share of what is wanted, the first look may be wrong
 _ROOM = 1 << 22  # entries near a boundary that may be held in memory; where there are more, a radix selection is made
 
@@ -36,27 +38,39 @@ def inner_products(whole: Whole) -> InnerProducts:
     return squared(count, [exact_sum(itertools.chain.from_iterable(column)) for column in columns])
 
 
-def l1_factor(whole: Whole, model: int, limit: Thinning) -> float:
-    """Measure ‖d‖₁ / ‖kept‖₁ of one model; 1 where nothing is kept."""
-    every: list[float] = []
-    kept: list[float] = []
-    for run in whole.runs():
+def l1_factors(whole: Whole, limits: Mapping[int, Thinning]) -> dict[int, float]:
+    """Measure ‖d‖₁ / ‖kept‖₁ of some models; 1 where nothing is kept."""
+    every: dict[int, list[float]] = {model: [] for model in limits}
+    kept: dict[int, list[float]] = {model: [] for model in limits}
+    for run in whole.runs() if limits else ():
         rows = -(-run.count // ROW)
-        sums = (c_double * (2 * rows))()
-        functions().magnitudes(run.count, run.models[model], run.base, limit, run.start, sums)
-        every += sums[:rows]
-        kept += sums[rows:]
-    below = exact_sum(kept)
-    return exact_sum(every) / below if below > 0 else 1.0
+        for model, limit in limits.items():
+            sums = (c_double * (2 * rows))()
+            functions().magnitudes(run.count, run.models[model], run.base, limit, run.start, sums)
+            every[model] += sums[:rows]
+            kept[model] += sums[rows:]
+    below = {model: exact_sum(sums) for model, sums in kept.items()}
+    return {model: exact_sum(every[model]) / below[model] if below[model] > 0 else 1.0 for model in limits}
 
 
 @dataclass(frozen=True, slots=True)
 class _Boundary:
-    """The magnitude at a boundary: its bits, how many entries of it are kept, and how many there are."""
+    """The magnitude at a boundary.
+
+    Attributes:
+        bits: its bits.
+        wanted: how many entries of it are kept.
+        equal: how many there are.
+        start: where the run begins in which the last one that is kept lies, or an earlier run.
+        before: how many there are before that.
+
+    """
 
     bits: int
     wanted: int
     equal: int
+    start: int = 0
+    before: int = 0
 
     @property
     def value(self) -> float:
@@ -68,8 +82,8 @@ def largest(whole: Whole, counts: Sequence[int | None]) -> list[Cut | None]:
     """Find for each model the boundary of so many of its largest deltas; None: all are kept.
 
     A first look at some rows tells about where the boundaries lie; one pass keeps what lies there, and counts what is
-    larger. Where that fails, a radix selection takes two passes. Where a boundary cuts among equals, one more finds the
-    last index that is kept.
+    larger. Where that fails, a radix selection takes two passes. Where a boundary cuts among equals, the run in which
+    it does is read once more.
     """
     wanted = {model: count for model, count in enumerate(counts) if count is not None}
     found = _sifted(whole, wanted)
@@ -90,12 +104,13 @@ def _digit(counted: Array[c_uint32], wanted: int) -> tuple[int, int, int]:
 
 def _regions(whole: Whole, wanted: Mapping[int, int]) -> dict[int, tuple[int, int]]:
     """Tell for each model between which bits its boundary probably lies, from some of the rows."""
-    counts = {model: lanes() for model in wanted}
+    counts = _histograms(wanted)
     seen = 0
-    for run in whole.runs(_SAMPLED):
-        seen += sum(min(ROW, run.count - start) for start in range(0, run.count, ROW * _SAMPLED))
+    runs, rows = (1, _SAMPLED) if whole.held else (_SAMPLED, 1)
+    for run in whole.runs(runs):
+        seen += sum(min(ROW, run.count - start) for start in range(0, run.count, ROW * rows))
         for model in wanted:
-            functions().count_digits(run.count, run.models[model], run.base, _SAMPLED, HIGHER, counts[model])
+            functions().count_digits(run.count, run.models[model], run.base, rows, HIGHER, counts[model])
     found = {}
     for model, count in wanted.items():
         share = count * seen / whole.entries
@@ -111,33 +126,69 @@ def _sifted(whole: Whole, wanted: Mapping[int, int]) -> dict[int, _Boundary]:
         return {}
     regions = _regions(whole, wanted)
     room = min(_ROOM, whole.entries)
-    kept = {model: (c_uint32 * room)() for model in wanted}
-    held, above = dict.fromkeys(wanted, 0), {model: c_int64() for model in wanted}
+    memory = arena(len(wanted) * (room * sizeof(c_uint32) + ALIGNMENT), "sifted")
+    sifted = {model: _Sifted(memory.take(room * sizeof(c_uint32))[1]) for model in wanted}
     for run in whole.runs():
-        for model in tuple(kept):
-            to = addressof(kept[model]) + held[model] * sizeof(c_uint32)
-            near = (*regions[model], to, room - held[model], above[model])
+        for model, one in tuple(sifted.items()):
+            one.starts.append(run.start)
+            one.ends.append(one.ends[-1])
+            near = (*regions[model], one.address + one.ends[-1] * sizeof(c_uint32), room - one.ends[-1], one.above)
             more = functions().sift(run.count, run.models[model], run.base, *near)
-            held[model] += more
+            one.ends[-1] += more
             if more < 0:
-                del kept[model]
-    found = {}
-    for model, bits in kept.items():
-        rest = wanted[model] - above[model].value
-        if 0 < rest <= held[model]:
-            among = (c_int64 * 3)()
-            functions().find_among(bits, held[model], rest, lanes(), among)
-            found[model] = _Boundary(among[0], rest - among[1], among[2])
-    return found
+                del sifted[model]
+    found = {model: one.boundary(wanted[model]) for model, one in sifted.items()}
+    return {model: boundary for model, boundary in found.items() if boundary is not None}
+
+
+class _Sifted:
+    """The bits of one model's magnitudes that lie near its boundary, in the order of the entries."""
+
+    def __init__(self, address: int) -> None:
+        """Keep them at an address."""
+        self.address = address
+        self.above = c_int64()  # how many are larger than all of them
+        self.starts: list[int] = []  # of each run that was sifted
+        self.ends = [0]  # where what is kept of it ends; the first one begins at 0
+
+    def boundary(self, wanted: int) -> _Boundary | None:
+        """Find the magnitude of the wanted-th largest of all, if it is among them."""
+        rest = wanted - self.above.value
+        if not 0 < rest <= self.ends[-1]:
+            return None
+        among = (c_int64 * 3)()
+        functions().find_among(self.address, self.ends[-1], rest, *_histograms((0,)).values(), among)
+        bits, larger, equal = among
+        last = self._equal(self.ends[-1], bits, rest - larger)
+        at = bisect_right(self.ends, last) - 1
+        before = -self._equal(self.ends[at], bits, NO_LIMIT) - 1
+        return _Boundary(bits, rest - larger, equal, self.starts[at], before)
+
+    def _equal(self, count: int, bits: int, ordinal: int) -> int:
+        """Find, of the first so many, the ordinal-th that has these bits; where there are fewer, -(how many) - 1."""
+        kept, value = Stored(self.address, DTYPES["F32"]), c_float.from_buffer(c_uint32(bits))
+        found: int = functions().find_equal(count, kept, NO_TENSOR, value, ordinal)
+        return found
+
+
+def _histograms(models: Collection[int]) -> dict[int, Array[c_uint32]]:
+    """Give empty histograms of one digit for each model, valid until others are asked for."""
+    memory = arena(len(models) * sizeof(Histograms), "histograms")
+    addresses = {model: memory.take(sizeof(Histograms))[1] for model in models}
+    for address in addresses.values():
+        memset(address, 0, sizeof(Histograms))
+    return {model: Histograms.from_address(address) for model, address in addresses.items()}
 
 
 def _by_radix(whole: Whole, wanted: Mapping[int, int]) -> dict[int, _Boundary]:
     """Find the boundaries by two passes, whatever the magnitudes are."""
-    counts = {model: lanes() for model in wanted}
+    if not wanted:
+        return {}
+    counts = _histograms(wanted)
     highs = dict.fromkeys(wanted, HIGHER)
     left = dict(wanted)
     found = {}
-    for _ in range(2 if wanted else 0):
+    for _ in range(2):
         for run in whole.runs():
             for model in wanted:
                 functions().count_digits(run.count, run.models[model], run.base, 1, highs[model], counts[model])
@@ -152,16 +203,13 @@ def _by_radix(whole: Whole, wanted: Mapping[int, int]) -> dict[int, _Boundary]:
 
 def _last_indices(whole: Whole, boundaries: Mapping[int, _Boundary]) -> dict[int, int]:
     """Find for each model the index of the last entry on its boundary that is kept."""
-    left = {model: one.wanted for model, one in boundaries.items()}
     found: dict[int, int] = {}
-    for run in whole.runs() if left else ():
-        for model, wanted in tuple(left.items()):
-            at = functions().find_equal(run.count, run.models[model], run.base, boundaries[model].value, wanted)
+    for model, boundary in boundaries.items():
+        left = boundary.wanted - boundary.before
+        for run in whole.runs(start=boundary.start):
+            at = functions().find_equal(run.count, run.models[model], run.base, boundary.value, left)
             if at >= 0:
                 found[model] = run.start + at
-                del left[model]
-            else:
-                left[model] += at + 1
-        if not left:
-            break
+                break
+            left += at + 1
     return found

@@ -24,13 +24,14 @@ class Whole(Protocol):
     """The tensors that meet, as often as they must be gone through."""
 
     streams: Sequence[int]
+    held: bool  # in memory, once they are read
 
     @property
     def entries(self) -> int:
         """How many each of them has."""
 
-    def runs(self, every: int = 1) -> Iterator[Run]:
-        """Read them, run by run; of what cannot be held in memory, one run in so many."""
+    def runs(self, every: int = 1, start: int = 0) -> Iterator[Run]:
+        """Read them, run by run: one in so many, from the one on that begins at an entry."""
 
 
 class Form(Protocol):
