@@ -19,6 +19,7 @@ from portmanteau.compositions.terminal.bars import added, drawn_progress
 from portmanteau.compositions.terminal.options import (
     Beside,
     Built,
+    Changes,
     Device,
     Json,
     Memory,
@@ -32,14 +33,8 @@ from portmanteau.compositions.terminal.options import (
     Threads,
     completed,
 )
-from portmanteau.compositions.terminal.printing import (
-    notes,
-    put,
-    put_json,
-    put_table,
-    say,
-)
-from portmanteau.merge.files.upload import Target, check_target, upload
+from portmanteau.compositions.terminal.printing import notes, put, put_json, put_table, say
+from portmanteau.merge.files.upload import Target, check_target
 from portmanteau.merge.limits import MEMORY, Limits
 from portmanteau.merge.output import check_file
 
@@ -65,6 +60,7 @@ def build(
     as_json: Json = False,
     push: Push = None,
     public: Public = False,
+    changes: Changes = True,
 ) -> None:
     """Plan and build: write the model that a recipe asks for. A build that was ended is continued."""
     from portmanteau.compositions.build_recipe import build_recipe
@@ -89,19 +85,28 @@ def build(
     else:
         results.built(out, receipt)
     if push:
-        say(f"published: {upload(out, Target(push, public))}")
+        _publish(out, Target(push, public), changes)
 
 
-@app.command("push")
-def publish(
+@app.command()
+def push(
     out: Annotated[Path, typer.Argument(help="A folder that `build` made.", show_default=False)],
     repository: Annotated[str, typer.Argument(help="The repository on the Hub: ORG/NAME.", show_default=False)],
     public: Public = False,
+    changes: Changes = True,
     force: Annotated[bool, typer.Option(help="Replace what portmanteau did not build.")] = False,
 ) -> None:
     """Publish a finished result on the Hub, in a private repository unless --public says otherwise."""
     check_target(Target(repository, public), force=force)
-    say(f"published: {upload(out, Target(repository, public))}")
+    _publish(out, Target(repository, public), changes)
+
+
+def _publish(out: Path, target: Target, changes: bool) -> None:
+    from portmanteau.compositions.publish import publish
+
+    with drawn_progress() as progress:
+        address = publish(out, target, changes=changes, progress=progress)
+    say(f"published: {address}")
 
 
 @app.command()
@@ -276,27 +281,12 @@ def new(
 ) -> None:
     """Write a first recipe, asking for what is not named, and the schema by which editors help with it."""
     from portmanteau.compositions.one_off import starter
-    from portmanteau.compositions.reference import json_schema
+    from portmanteau.compositions.terminal import asking
 
-    schema = recipe.with_name(starter.SCHEMA)
-    check_file(recipe, force=force)
-    check_file(schema, force=force or json_schema.is_ours(schema))
-    if kind is None:
-        say(f"known: {', '.join(starter.names())}")
-        kind = typer.prompt("What is to be done", default="linear", err=True)
-    asked = models or list(iter(_asked_model, ""))
-    if base is None and not models and starter.needs_base(kind):
-        base = typer.prompt("The base that they were trained from", err=True)
-    made = starter.starter(kind, asked, base, recipe)
-    recipe.write_text(made.text, encoding="utf-8")
-    schema.write_text(json_schema.text(), encoding="utf-8")
+    starter.check_places(recipe, force=force)
+    kind, models, base = asking.first_recipe(kind, models, base)
+    starter.write(starter.starter(kind, models, base, recipe))
     say(f"{recipe} and {starter.SCHEMA} written; next: portmanteau check {recipe}")
-
-
-def _asked_model() -> str:
-    """Ask for one more model."""
-    named: str = typer.prompt("A model (enter ends)", default="", show_default=False, err=True)
-    return named
 
 
 @app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import yaml
 
+from .card_changes import LAST
 from .form import MODEL, Form
 from .parent_cards import carried, read_cards
 from .plan import Plan
@@ -41,5 +42,4 @@ def text(plan: Plan, recipe: str | None, form: Form = MODEL) -> str:
         lines += ["", *(f"- {markdown(note)}" for note in plan.notes)]
     if recipe is not None:
         lines += ["", "## Recipe", "", *fenced(recipe, "yaml")]
-    lines += ["", "`portmanteau.json` is the receipt: inputs and outputs by digest, versions, settings.", ""]
-    return "\n".join(lines)
+    return "\n".join([*lines, f"{LAST}: inputs and outputs by digest, versions, settings.", ""])

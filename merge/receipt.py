@@ -48,6 +48,7 @@ class Receipt:
         files: every file but this one: its size and digest; of a weight file the length and digest of its header.
         made_from: what decides about the bytes, by digest; None where that cannot be told.
         non_finite: what was to be done about NaN and infinity.
+        changes: what its card tells of its change from each parent, once that was measured (card_changes.py).
         seal: the digest of this record as it is written, with zeros in this place.
         outcome: what the build had to do; not written.
 
@@ -68,6 +69,7 @@ class Receipt:
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     made_from: Identity | None = None
     non_finite: str = "error"
+    changes: Mapping[str, Any] = field(default_factory=dict)
     seal: str = _NO_SEAL
     outcome: Outcome = "built"
 

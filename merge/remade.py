@@ -6,6 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from . import companions, model_card
+from .card_changes import CardChanges, with_changes
 from .checkpoint import Checkpoint
 from .errors import Mistake
 from .execute import Tools, carry_out, surveyed
@@ -46,7 +47,8 @@ def remade(
     with TemporaryDirectory() as folder:
         path = Path(folder)
         companions.write(beside.without_derived(), path, specs)
-        (path / "README.md").write_text(model_card.text(plan, recipe, beside.form), encoding="utf-8")
+        card = with_changes(model_card.text(plan, recipe, beside.form), CardChanges(), CardChanges.of(receipt.changes))
+        (path / "README.md").write_text(card, encoding="utf-8")
         made |= {one.relative_to(path).as_posix(): digest_of_file(one) for one in path.rglob("*") if one.is_file()}
     then = {name: record.get("header") or record["digest"] for name, record in receipt.files.items() if name in made}
     other += [Mistake(f"file {name}", _said(then.get(name), own), _OTHER) for name, own in made.items()]

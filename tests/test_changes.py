@@ -207,12 +207,12 @@ def test_notes_say_what_makes_the_measures_mean_less(save_tensors: Save) -> None
 def test_tensors_that_only_one_has_are_refused_or_left_out(save_tensors: Save) -> None:
     expert = {**layered(1 / 128), "adapter.weight": torch.ones(1)}
     base = {**layered(0), "pooler.weight": torch.ones(1)}
-    opened = merge.open(save_tensors("e", expert)), merge.open(save_tensors("b", base))
+    opened = merge.open(save_tensors("e", expert), label="./e"), merge.open(save_tensors("b", base), label="./b")
     with pytest.raises(merge.MergeError) as caught:
         compositions.changes(*opened)
     assert [mistake.what for mistake in caught.value.mistakes] == [
-        "expert lacks 1 tensors that the other has: pooler.weight",
-        "base lacks 1 tensors that the other has: adapter.weight",
+        "./e lacks 1 tensors that the other has: pooler.weight",
+        "./b lacks 1 tensors that the other has: adapter.weight",
     ]
     found = compositions.changes(*opened, unmatched="drop")
     assert "2 tensors that not every model has were left out" in found.notes[0]
@@ -220,13 +220,13 @@ def test_tensors_that_only_one_has_are_refused_or_left_out(save_tensors: Save) -
 
 
 def test_other_shapes_and_depths_are_refused(save_tensors: Save) -> None:
-    base = merge.open(save_tensors("base", layered(0)))
-    wide = merge.open(save_tensors("wide", {**layered(0), "model.embed_tokens.weight": torch.ones(5, 2)}))
-    deep = merge.open(save_tensors("deep", {**layered(0), "model.layers.12.mlp.up_proj.weight": torch.ones(2, 2)}))
+    base = merge.open(save_tensors("base", layered(0)), label="base")
+    wide = save_tensors("wide", {**layered(0), "model.embed_tokens.weight": torch.ones(5, 2)})
+    deep = save_tensors("deep", {**layered(0), "model.layers.12.mlp.up_proj.weight": torch.ones(2, 2)})
     with pytest.raises(merge.MergeError, match=r"shapes differ: expert \[5, 2\], base \[4, 2\]"):
-        compositions.changes(wide, base)
+        compositions.changes(merge.open(wide, label="expert"), base)
     with pytest.raises(merge.MergeError, match=r"expert has 13 in model\.layers; base has 12"):
-        compositions.changes(deep, base, unmatched="drop")
+        compositions.changes(merge.open(deep, label="expert"), base, unmatched="drop")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -11,18 +11,22 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.numpy import load_file
 from torch import Tensor
 
 from portmanteau import compositions, merge
+from portmanteau.merge import receipt
 
+Save = Callable[[str, Mapping[str, Tensor]], Path]
 COMMIT = "c" * 40
 ME: dict[str, Any] = {
     "type": "user",
@@ -375,3 +379,112 @@ def test_parents_on_the_hub_are_named_as_the_merge_widgets_read_them(recipe: Pat
     text = (recipe.parent / "out" / "README.md").read_text()
     assert "| linear | org/math, org/swahili | 1 |" in text
     assert "````yaml\nmerge: {average: …}\n````" in text
+
+
+# ----------------------------------------------------------------------------------------- the change from each parent
+
+
+def card(hub: Hub, name: str = "me/mean") -> str:
+    return hub.repositories[name].files["README.md"].decode()
+
+
+def test_the_published_card_tells_the_change_from_each_parent(hub: Hub, recipe: Path) -> None:
+    done = hub.run("build", recipe, "out", "--push", "me/mean", cwd=recipe.parent)
+    assert done.returncode == 0, done.stderr
+    # the mean of ones and twos: 0.5 from either, which is a half of the norm of the ones and a quarter of the twos'
+    assert [line for line in card(hub).splitlines() if line.startswith("| ./")] == [
+        "| ./math | 50 % | 100 % | 0.5 | 1 |",
+        "| ./swahili | 25 % | 100 % | 0.5 | 1 |",
+    ]
+    assert "| parent | relative norm | entries changed | mean \\|δ\\| | tensors |\n" in card(hub)
+    assert card(hub).splitlines()[-1].startswith("`portmanteau.json` is the receipt")
+
+
+def test_a_published_result_is_whole_up_to_date_and_made_again_with_its_card(hub: Hub, recipe: Path) -> None:
+    assert hub.run("build", recipe, "out", "--push", "me/mean", cwd=recipe.parent).returncode == 0
+    done = hub.run("verify", "out", "--rebuild", cwd=recipe.parent)
+    assert (done.returncode, done.stdout.split(":")[1]) == (0, " whole, and the recipe gives these bits")
+    assert "out: up to date" in hub.run("build", recipe, "out", cwd=recipe.parent).stderr
+    first = card(hub)
+    assert hub.run("push", "out", "me/mean", cwd=recipe.parent).returncode == 0
+    assert card(hub) == first
+    assert sorted(path.name for path in recipe.parent.iterdir() if path.name.startswith(".")) == []
+
+
+def test_the_change_by_module_is_that_of_numpy(hub: Hub, save_tensors: Save, tmp_path: Path) -> None:
+    drawn = np.random.default_rng(5)
+    names = [f"model.layers.{i}.{module}.weight" for i in range(2) for module in ("attn.q", "mlp.experts.0.up")]
+    names += ["model.layers.0.mlp.experts.1.up.weight", "model.layers.1.mlp.experts.1.up.weight", "model.norm.weight"]
+    models = [{name: drawn.standard_normal((4, 6)).astype("float32") for name in names} for _ in range(2)]
+    for label, model in zip("ab", models, strict=True):
+        save_tensors(label, {name: torch.from_numpy(array) for name, array in model.items()})
+    (tmp_path / "mean.yaml").write_text("merge: {linear: {models: {./a: 3, ./b: 1}}}\n")
+    assert hub.run("build", "mean.yaml", "out", "--push", "me/mean", cwd=tmp_path).returncode == 0
+    rows = [line.strip("| ").split(" | ") for line in card(hub).splitlines() if line.startswith("| ")]
+    found = {cells[0].replace("\\", ""): [float(cell.split()[0]) for cell in cells[1:]] for cells in rows[-3:]}
+    result = load_file(tmp_path / "out" / "model.safetensors")
+    for module, inside in {"attn.q": "attn.q", "mlp.experts.*.up": "experts", "outside the layers": "norm"}.items():
+        group = [name for name in names if inside in name]
+        merged = np.concatenate([result[name].ravel() for name in group]).astype("float64")
+        parents = [np.concatenate([model[name].ravel() for name in group]).astype("float64") for model in models]
+        expected = [100 * np.linalg.norm(merged - one) / np.linalg.norm(one) for one in parents]
+        assert found[module] == pytest.approx(expected, rel=1e-3)
+    assert len(rows) == 1 + 1 + 1 + 2 + 1 + 3  # steps with their title, parents with theirs, modules with theirs
+
+
+def test_a_parent_that_is_gone_is_named_in_a_note_and_has_no_row(hub: Hub, recipe: Path) -> None:
+    assert hub.run("build", recipe, "out", cwd=recipe.parent).returncode == 0
+    (recipe.parent / "math").rename(recipe.parent / "elsewhere")
+    done = hub.run("push", "out", "me/mean", cwd=recipe.parent)
+    said = "not compared with ./math: is no longer at ../math, seen from the result"
+    assert (done.returncode, f"note: {said}\n" in done.stderr) == (0, True)
+    assert f"- {said}\n" in card(hub)
+    assert "| ./math |" not in card(hub)
+    assert "| ./swahili | 25 % | 100 % | 0.5 | 1 |" in card(hub)
+
+
+def test_what_is_no_model_of_the_same_tensors_is_named_and_published_all_the_same(
+    hub: Hub, recipe: Path, save_tensors: Save
+) -> None:
+    here = recipe.parent
+    (here / "extract.yaml").write_text("merge: {extract_sparse: {base: ./math, tuned: ./swahili, count: 1}}\n")
+    assert hub.run("build", "extract.yaml", "diff", "--push", "me/diff", cwd=here).returncode == 0
+    assert "- not compared with ./swahili: diff has no tensor in common with ./swahili: " in card(hub, "me/diff")
+    (here / "add.yaml").write_text("merge: {sparse_fine_tune: {base: ./math, diffs: [./diff]}}\n")
+    assert hub.run("build", "add.yaml", "added", "--push", "me/added", cwd=here).returncode == 0
+    # of two ones one became 2: a change of 1 beside a norm of √2, half of the entries, 0.5 in the mean
+    assert "| ./math | 70.71 % | 50 % | 0.5 | 1 |" in card(hub, "me/added")
+    assert "- not compared with ./diff: " in card(hub, "me/added")
+    save_tensors("wide", {"weight": torch.ones(3), "other": torch.ones(3)})
+    assert hub.run("build", recipe, "out", cwd=here).returncode == 0
+    (here / "math" / "model.safetensors").write_bytes((here / "wide" / "model.safetensors").read_bytes())
+    assert hub.run("push", "out", "me/mean", cwd=here).returncode == 0
+    assert "- not compared with ./math: tensor weight: shapes differ: " in card(hub).replace("\\", "")
+
+
+def test_a_receipt_whose_changes_cannot_be_read_is_published_without_a_table(hub: Hub, recipe: Path) -> None:
+    assert hub.run("build", recipe, "out", cwd=recipe.parent).returncode == 0
+    out = recipe.parent / "out"
+    strange = {"parents": [{"parent": "./math", "relative_norm": "much"}]}
+    replace(receipt.read(out), changes=strange).write(out)
+    done = hub.run("push", "out", "me/mean", cwd=recipe.parent)
+    said = "note: the card has no table of changes: tells changes that cannot be read: parents.0.tensors\n"
+    assert (done.returncode, said in done.stderr) == (0, True)
+    assert "## Changes" not in card(hub)
+    done = hub.run("verify", "out", "--rebuild", cwd=recipe.parent)
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False)
+
+
+def test_a_card_that_was_edited_keeps_the_edits_and_one_without_changes_stays_as_it_is(hub: Hub, recipe: Path) -> None:
+    assert hub.run("build", recipe, "out", cwd=recipe.parent).returncode == 0
+    own = recipe.parent / "out" / "README.md"
+    built = own.read_text()
+    assert hub.run("push", "out", "me/mean", "--no-changes", cwd=recipe.parent).returncode == 0
+    assert card(hub) == own.read_text() == built
+    assert hub.run("build", recipe, "again", "--push", "me/again", "--no-changes", cwd=recipe.parent).returncode == 0
+    assert card(hub, "me/again") == built
+    own.write_text(built.replace("# A merged model", "# My model"))
+    assert hub.run("push", "out", "me/mean", cwd=recipe.parent).returncode == 0
+    assert "# My model\n" in card(hub)
+    assert "| ./math | 50 % | 100 % | 0.5 | 1 |" in card(hub)
+    assert "README.md: is damaged" in hub.run("verify", "out", cwd=recipe.parent).stderr  # it is not what was built

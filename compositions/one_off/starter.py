@@ -11,7 +11,9 @@ import yaml
 
 from portmanteau.merge import RecipeError
 from portmanteau.merge.errors import Mistake, nearest
+from portmanteau.merge.output import check_file
 
+from ..reference import json_schema
 from ..reference_page import entry
 from .options import Option, options, summary
 from .options import names as all_names
@@ -53,6 +55,19 @@ def starter(name: str, models: Sequence[str], base: str | None, file: Path) -> O
     except RecipeError as error:
         raise RecipeError.of(_as_given(mistake, slots) for mistake in error.mistakes) from error
     return replace(made, text=_commented(name, made, set(given)))
+
+
+def check_places(recipe: Path, *, force: bool) -> None:
+    """Check that a first recipe and the schema beside it can be written. Raises OutputError where they cannot."""
+    schema = recipe.with_name(SCHEMA)
+    check_file(recipe, force=force)
+    check_file(schema, force=force or json_schema.is_ours(schema))
+
+
+def write(made: OneOff) -> None:
+    """Write a first recipe, and beside it the schema by which editors help with it."""
+    made.file.write_text(made.text, encoding="utf-8")
+    made.file.with_name(SCHEMA).write_text(json_schema.text(), encoding="utf-8")
 
 
 def _slots(name: str) -> list[Option] | None:

@@ -127,7 +127,11 @@ def changes_from_parents(
     built: Built, progress: Progress | None = None
 ) -> tuple[tuple[Comparison, ...], tuple[str, ...]]:
     """Measure the result against every parent that is still there; notes say which could not be compared, and why."""
-    result, found, notes = open_checkpoint(built.place, label=built.name), [], []
+    found, notes = [], []
+    try:
+        result = open_checkpoint(built.place, label=built.name)
+    except PortmanteauError as error:
+        return (), (f"not compared with its parents: {error.mistakes[0].what}",)
     for one in built.inputs:
         try:
             parent = _parent(built, one)
@@ -147,7 +151,8 @@ def _parent(built: Built, one: Input) -> StoredCheckpoint:
         return open_checkpoint(lone, label=one.checkpoint)
     if one.repository:
         return open_checkpoint(one.repository, revision=one.revision, label=one.checkpoint)
-    raise CheckpointError(one.checkpoint, f"is no longer at {folder}" if folder else "was in memory only")
+    gone = f"is no longer at {one.folder}, seen from the result" if folder else "was in memory only"
+    raise CheckpointError(one.checkpoint, gone)
 
 
 def _moved_on(parent: StoredCheckpoint, one: Input) -> Iterator[str]:

@@ -116,7 +116,7 @@ def _meeting_rows(found: Sequence[tuple[Spot, Measured, Any]], i: int) -> tuple[
 
 def _named(experts: Sequence[Checkpoint], base: Checkpoint) -> dict[str, Checkpoint]:
     """Give what messages call the models, the base last."""
-    if len(experts) == 1:
+    if len(experts) == 1 and experts[0].label == base.label:
         return {"expert": experts[0], "base": base}
     labels = [one.label for one in (*experts, base)]
     twice = [label for label in dict.fromkeys(labels) if labels.count(label) > 1]

@@ -34,6 +34,7 @@ def completed(incomplete: str) -> list[tuple[str, str]]:
 
 
 _MEMORY_HELP = "Bytes in flight; the result does not depend on it."
+_CHANGES_HELP = "Tell in the published card the change from each parent; reads the parents once more."
 _DEVICE_HELP = "Where torch computes: cpu, cuda, cuda:1 …; bytes that are only copied never go there."
 _NON_FINITE_HELP = "What to do where an input or the result has NaN or infinity."
 _PICTURE_HELP = "Draw it in the terminal; by default on a terminal."
@@ -53,4 +54,5 @@ Device = Annotated[str, typer.Option(metavar="DEVICE", help=_DEVICE_HELP)]
 NonFinite = Annotated[Literal["error", "warn", "keep"], typer.Option("--non-finite", help=_NON_FINITE_HELP)]
 Plugin = Annotated[list[str] | None, typer.Option("--plugin", metavar="MODULE", callback=_announce, help=_PLUGIN_HELP)]
 Push = Annotated[str | None, typer.Option(metavar="ORG/NAME", help=_PUSH_HELP, show_default=False)]
+Changes = Annotated[bool, typer.Option("--changes/--no-changes", help=_CHANGES_HELP)]
 Public = Annotated[bool, typer.Option("--public", help="Let everyone see what is published.")]
