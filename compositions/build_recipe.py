@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from portmanteau.merge import Progress, Receipt, build, describe
+from portmanteau.merge import Composed, Progress, Receipt, Surveyed, build, describe
 from portmanteau.merge.device import CPU
 from portmanteau.merge.non_finite import Choice
 from portmanteau.merge.units import readable
 
 from .compose import compose
-from .preflight import preflight
-from .recipe.reading import load
+from .preflight import Preflight, preflight
+from .recipe.reading import Recipe, load
 
 
 def build_recipe(
@@ -45,18 +45,8 @@ def build_recipe(
 
     """
     told = progress or Progress()
-    loaded = None
-    if locked:
-        from .lock_file import held_to_lock
-
-        loaded = held_to_lock(load(recipe), threads=threads, progress=told)
-    ready = preflight(loaded or Path(recipe), out, force=force, may_stand=True)
-    loaded, composed = ready.recipe, ready.composed
-    for note in (*composed.notes, *describe.lacks(composed.companions)):
-        told.tell(note)
-    if ready.bytes_to_download:
-        told.tell(f"downloads {readable(ready.bytes_to_download)} from the Hub")
-        composed = compose(loaded)
+    held = _held_to_lock(recipe, threads, told) if locked else Path(recipe)
+    loaded, composed = _with_weights(preflight(held, out, force=force, may_stand=True), told)
     receipt = build(
         composed,
         out,
@@ -76,3 +66,19 @@ def build_recipe(
         if note not in composed.notes:
             told.tell(note)
     return receipt
+
+
+def _held_to_lock(recipe: str | Path, threads: int | None, told: Progress) -> Recipe:
+    from .lock_file import held_to_lock
+
+    return held_to_lock(load(recipe), threads=threads, progress=told)
+
+
+def _with_weights(ready: Preflight, told: Progress) -> tuple[Recipe, Composed | Surveyed]:
+    """Tell what a user should know before the result is made; fetch the weights of which only headers are here."""
+    for note in (*ready.composed.notes, *describe.lacks(ready.composed.companions)):
+        told.tell(note)
+    if not ready.bytes_to_download:
+        return ready.recipe, ready.composed
+    told.tell(f"downloads {readable(ready.bytes_to_download)} from the Hub")
+    return ready.recipe, compose(ready.recipe)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from portmanteau.merge import Progress
@@ -19,10 +19,16 @@ if TYPE_CHECKING:
 
 @contextmanager
 def drawn_progress() -> Iterator[Progress]:
-    """Draw bars, where stderr is a terminal; what draws them is not even imported where it is none."""
+    """Draw bars, where stderr is a terminal; what draws them is not even imported where it is none.
+
+    They stand there from the first stretch of work on: a download before it draws its own.
+    """
     try:
-        with _bars() if sys.stderr.isatty() else nullcontext() as bars:
-            yield _Drawn(bars) if bars else _Telling()
+        with ExitStack() as ending:
+            bars = _bars() if sys.stderr.isatty() else None
+            if bars is not None:
+                ending.callback(bars.stop)
+            yield _Telling() if bars is None else _Drawn(bars)
     except KeyboardInterrupt as error:
         say(": ".join(["interrupted", *added(error)]))
         raise
@@ -67,6 +73,7 @@ class _Drawn(_Telling):
     def begin(self, title: str, nbytes: int, tensors: int) -> None:
         """Begin a bar."""
         self._done = 0
+        self._bars.start()
         self._task = self._bars.add_task(printable(title), total=nbytes, done=0, tensors=tensors)
 
     def tell(self, text: str) -> None:
