@@ -102,6 +102,12 @@ def accumulative_averages(
 ) -> Iterator[Composed]:
     """Give the averages over the first run, the first two … up to `first_runs` (default: all); nothing is read yet.
 
+    >>> import torch
+    >>> from portmanteau.merge import InMemory
+    >>> runs = [InMemory(f"run {i}", {"weight": torch.tensor([value])}) for i, value in enumerate((2.0, 4.0, 9.0))]
+    >>> [one["weight"].item() for one in accumulative_averages(models=runs)]
+    [2.0, 3.0, 5.0]
+
     The i-th is `average(models=models, shuffle_runs=shuffle_runs, first_runs=i, **settings)`. Raises as that does.
     """
     for count in range(1, 1 + (first_runs or len(_runs(models)))):

@@ -69,6 +69,14 @@ def lora(
     terms √|cᵢcⱼ| BᵢAⱼ. An operator is applied to the changes sᵢBᵢAᵢ, and the result decomposed. With a base and any
     `combine` but `cat`, that adapter is folded in.
 
+    >>> from portmanteau import merge
+    >>> task, language = (merge.open_adapter(f"examples/adapters/{name}") for name in ("task", "language"))
+    >>> lora(base=merge.open("examples/models/base"), adapters={task: 1.0, language: 0.5})
+    <Composed lora: 75 tensors, 0.7 MB>
+    >>> both = lora(adapters=[task, language])  # an adapter, of rank 4 + 4
+    >>> both.specs["base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"].shape
+    (8, 64)
+
     Raises MergeError, with every mistake found, for adapters that do not fit the base or each other.
     """
     weights = dict(adapters) if isinstance(adapters, Mapping) else dict.fromkeys(adapters, 1.0)

@@ -59,6 +59,14 @@ def sparse_fine_tune(
     bytes). Entries that none changes keep their bytes. What a sparse fine-tune stores whole (`dense`, a head) replaces
     the base's tensor or is added to it; for a language on a task, say `dense: false`.
 
+    >>> from portmanteau import merge
+    >>> base = merge.open("examples/models/base")
+    >>> diffs = [merge.open_sparse(f"examples/models/{name}-sparse") for name in ("task", "language")]
+    >>> both = sparse_fine_tune(base=base, diffs=diffs)
+    >>> name = "model.layers.0.mlp.up_proj.weight"
+    >>> [diff.values(name).spec.entries for diff in diffs], int((both[name] != base[name]).sum())  # 2 are in both
+    ([61, 16], 75)
+
     Raises MergeError, with every mistake found, for other bases, shapes and names, and for two heads in one place.
     """
     terms = _terms(diffs, dense)

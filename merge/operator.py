@@ -259,6 +259,18 @@ def operator(
 ) -> Callable[[F], F]:
     """Register a function as the operator of its name, and hand it back unchanged.
 
+    >>> import torch
+    >>> from pydantic import Field
+    >>> @operator(source="an example")
+    ... def highest(models, *, times: Annotated[float, Field(gt=0, description="what it is multiplied by")] = 1.0):
+    ...     "Take the highest value of each entry."
+    ...     return times * models.amax(dim=0)
+    >>> highest(torch.tensor([[1.0, 4.0], [3.0, 2.0]]), times=2.0)
+    tensor([6., 8.])
+    >>> found = REGISTRY["highest"]  # what recipes find under the name
+    >>> found.roles, found.settings["times"].type_name, found.summary
+    (('models',), 'float, > 0', 'Take the highest value of each entry.')
+
     Args:
         source: the paper and section, or the reference code at a commit.
         laws: the names of the laws that it obeys (`LAWS`); the law tests hold it to them.

@@ -99,6 +99,14 @@ def open(
 
     What is on the Hub is downloaded; with `weights=False` only the headers of its `.safetensors` files, to plan with.
 
+    >>> base = open("examples/models/base")
+    >>> base
+    <StoredCheckpoint examples/models/base: 75 tensors, 0.7 MB>
+    >>> base.specs["model.norm.weight"]  # from the header
+    TensorSpec(name='model.norm.weight', dtype='BF16', shape=(64,))
+    >>> base["model.norm.weight"].shape  # read now
+    torch.Size([64])
+
     Raises CheckpointError where there is nothing, or where what is there is not a whole checkpoint.
     """
     path = places.user_path(reference)

@@ -109,6 +109,16 @@ def partition_turns(model: Network, partition: Partition, *, turns: Turns | None
     The batches must take the same turns, by optimizer steps: `Interleaved` gives them to a stock Trainer. For one
     process; DistributedDataParallel settles once what has gradients.
 
+    >>> from torch.nn import Linear, ModuleDict, ModuleList
+    >>> from transformers import TrainerControl, TrainerState
+    >>> model = ModuleDict({"layers": ModuleList(ModuleDict({"mlp": Linear(1, 1, bias=False)}) for _ in range(4))})
+    >>> callback = partition_turns(model, Partition(bottom=1, top=1))
+    >>> for step in range(2):  # as a Trainer tells it: one of the task, one of the language
+    ...     callback.on_step_begin(None, TrainerState(global_step=step), TrainerControl())
+    ...     print([name for name, parameter in model.named_parameters() if parameter.requires_grad])
+    ['layers.1.mlp.weight', 'layers.2.mlp.weight']
+    ['layers.0.mlp.weight', 'layers.3.mlp.weight']
+
     Raises MergeError, here for layers that cannot be found, and as the training begins for arguments that would mix up
     the turns.
     """

@@ -136,6 +136,13 @@ def open_sparse(
 
     With `weights=False` only the header of what is on the Hub is fetched, where its file has one.
 
+    >>> task = open_sparse("examples/models/task-sparse")
+    >>> task.count, len(task.shapes), task.details["maskable entries"]
+    (4962, 57, '330816')
+    >>> name = "model.layers.0.mlp.up_proj.weight"
+    >>> len(task.stored[f"{name}:indices"]) == len(task.stored[f"{name}:values"])
+    True
+
     Raises CheckpointError where there is none, or where the file contradicts itself.
     """
     path, text = places.user_path(reference), str(reference)
