@@ -35,7 +35,7 @@ LAYERS = (  # a file imports only from layers above its own
     ("compositions.one_off", "compositions.reference", "compositions.reports", "compositions.terminal"),
     ("merge.on_demand",),
     ("merge.compiled.arena", "merge.compiled.build_hook", "merge.compiled.library", "merge.shown"),
-    ("merge.palette", "merge.progress", "merge.exclusive"),
+    ("merge.palette", "merge.progress", "merge.exclusive", "merge.sums"),
     ("merge.compiled.runs",),
     ("merge.errors", "merge.form", "merge.names", "merge.kernels", "merge.files.storage", "merge.units"),
     ("merge.files.digests", "merge.journal"),
