@@ -89,6 +89,7 @@ LAYERS = (  # a file imports only from layers above its own
         "compositions.matching",
         "compositions.mergekit.parameters",
         "compositions.mergekit.plugin_methods",
+        "compositions.random_order",
         "compositions.same_model",
         "compositions.zones",
     ),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from portmanteau.merge import MergeError
 from portmanteau.merge.errors import Mistake
 
+from ..random_order import random_order
 from .freezing import Part, Partition
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Source = Literal["task", "language"]
 _TRAINS: Mapping[Source, Part] = {"task": "middle", "language": "outer"}
+_order = lru_cache(maxsize=4)(random_order)  # asked for every example of a pass
 
 
 @dataclass(frozen=True)
@@ -89,14 +90,6 @@ class Interleaved:
         found = self.task if name == "task" else self.language
         again, which = divmod(self.turns.before(step) * self.examples_per_step + at, len(found))
         return found[_order(f"{self.seed} {name} {again}", len(found))[which]]
-
-
-@lru_cache(maxsize=4)
-def _order(seed: str, count: int) -> list[int]:
-    """Give a random order: of Random, only what `random` gives is the same in every version of Python."""
-    dice = random.Random(seed)
-    draws = [dice.random() for _ in range(count)]
-    return sorted(range(count), key=draws.__getitem__)
 
 
 def partition_turns(model: Network, partition: Partition, *, turns: Turns | None = None) -> TrainerCallback:
