@@ -40,7 +40,6 @@ T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 
 PerModel = Union[T, Sequence[T]]  # one value for all models, or one for each
-ROLES = ("models", "deltas", "vectors", "importances", "base")
 
 Measure = Callable[..., Any]
 
