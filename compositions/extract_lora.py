@@ -205,8 +205,8 @@ def _stored_transposed(chosen: Mapping[str, Met], floats: Mapping[str, Met]) -> 
 
 def _about(base: Checkpoint) -> dict[str, Any]:
     """Give what the config says of the base: where it is, and the task of its architecture."""
-    architectures = (base.companions.config or {}).get("architectures") or ("",)
-    task = next((task for pattern, task in _TASKS.items() if matches(pattern, architectures[0])), None)
+    named = base.companions.architectures[:1]
+    task = next((task for pattern, task in _TASKS.items() for name in named if matches(pattern, name)), None)
     where = (base.repository or str(base.folder.absolute())) if isinstance(base, StoredCheckpoint) else None
     revision = base.revision if isinstance(base, StoredCheckpoint) else None
     return {"base_model_name_or_path": where, "revision": revision, "task_type": task}
