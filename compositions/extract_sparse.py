@@ -116,12 +116,8 @@ def _sorted(
     mistakes = list(_mistakes(unasked, sparse, matching.tensors, exclude, dense))
     if mistakes:
         raise MergeError.of(mistakes)
-    return sparse, whole, (*_kept_notes(matching.notes), *_notes(unasked))
-
-
-def _kept_notes(notes: tuple[str, ...]) -> Iterator[str]:
-    """Leave out what is said of tensors that only one model has: they are named here, or a mistake."""
-    return (note for note in notes if "not every model has" not in note)
+    # what only one of them has is named here, or a mistake
+    return sparse, whole, (*matching.told, *_notes(unasked))
 
 
 def _mistakes(

@@ -102,7 +102,7 @@ def _folded(base: Checkpoint, weights: Mapping[Adapter, float], notes: tuple[str
         raise MergeError.of(mistakes)
     terms = [_Term(one, float(weights[one.adapter])) for one in fitted]
     nodes = {name: _step(base.node(name), spec, terms) for name, spec in base.specs.items()}
-    told = (*notes, *(note for one in fitted for note in one.notes), *_lacking(fitted))
+    told = (*base.notes, *notes, *(note for one in fitted for note in one.notes), *_lacking(fitted))
     return Composed("lora", nodes, base.companions, told)
 
 
@@ -180,7 +180,7 @@ def _fitted(adapter: Adapter, base: Checkpoint) -> _Fitted:
     copies = {renamed.get(name, name): own for name, own in adapter.copies.items()}
     for name, own in {**saved, **copies}.items():
         mistakes += _not_of_its_shape(adapter, own, base.specs.get(name))
-    notes = (f"{adapter.label}: {len(renamed)} tensors renamed to those of the base: {alignment}",) if alignment else ()
+    notes = (alignment.note(adapter.label, "the base"),) if alignment else ()
     return _Fitted(adapter, changes, saved, copies, tuple(mistakes), notes)
 
 

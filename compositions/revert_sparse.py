@@ -75,7 +75,7 @@ def revert_sparse(
                 node = restored(spec, node, base_node, one.diff.indices(one.names[name]), one.label)
         nodes[name] = copy_of(node, spec, label)
     left = [name for one in fitted for name in one.dense if name in pairs and "base" not in pairs[name]]
-    notes = [note for one in fitted for note in one.notes]
+    notes = [*matching.told, *(note for one in fitted for note in one.notes)]
     if left:
         notes.append(f"tensors that the base lacks stay: {some(left)}")
     return Composed("revert_sparse", nodes, tuned.companions, tuple(notes))

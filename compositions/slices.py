@@ -325,7 +325,7 @@ def _outside(
 def _inherited(parts: Sequence[Slice]) -> Iterator[str]:
     """Go through what is to be known of the models."""
     for model in (model for part in parts for model in part.inputs.values()):
-        yield from getattr(model, "notes", ())
+        yield from model.notes
 
 
 def _idle(parts: Sequence[Slice], nodes: Mapping[str, Step]) -> list[str]:

@@ -79,7 +79,7 @@ def sparse_fine_tune(
         raise MergeError.of(mistakes)
     weights = [term.weight for term in terms.values()]
     nodes: dict[str, Node] = {name: _step(base.node(name), spec, fitted, weights) for name, spec in base.specs.items()}
-    notes = [note for one in fitted for note in one.notes]
+    notes = [*base.notes, *(note for one in fitted for note in one.notes)]
     for one, term in zip(fitted, terms.values(), strict=True):
         if term.dense:
             added = [name for name in one.dense if name not in base.specs]
@@ -129,7 +129,7 @@ def _fitted(diff: SparseFineTune, base: Checkpoint, mark: str) -> Fitted:
     names = {renamed.get(name, name): name for name in diff.shapes}
     dense = {renamed.get(name, name): name for name in diff.dense}
     mistakes = [*_not_of_the_base(diff, base, mark), *_do_not_fit(diff, base, names, dense)]
-    notes = [f"{diff.label}: {len(renamed)} tensors renamed to those of the base: {alignment}"] if alignment else []
+    notes = [alignment.note(diff.label, "the base")] if alignment else []
     if not diff.base:
         notes.append(f"{diff.label}: does not say for which base it was made; only names and shapes were compared")
     elif not isinstance(base, StoredCheckpoint):

@@ -280,7 +280,7 @@ class Shared:
         if not nodes:
             return dressed
         every = {name: nodes[name] if name in nodes else dressed.node(name) for name in dressed.specs}
-        return Composed(dressed.label, every, dressed.companions, getattr(dressed, "notes", ()))
+        return Composed(dressed.label, every, dressed.companions, dressed.notes)
 
     def _table(self, number: int, table: Table) -> Node | None:
         """Give a table with the vocabulary's rows; None where it stays as it is."""
