@@ -139,6 +139,15 @@ class Part:
 WHOLE = Part()
 
 
+def row_width(shape: tuple[int, ...]) -> int:
+    """Give the entries of a row: the last dimension; a vector is one row.
+
+    >>> row_width((4, 3)), row_width((12,)), row_width(())
+    (3, 12, 1)
+    """
+    return max(1, shape[-1] if shape else 1)
+
+
 @dataclass(frozen=True, slots=True)
 class Setting:
     """A keyword-only parameter: its name, its type, its default, and what it means."""
