@@ -555,3 +555,13 @@ def test_what_is_known_of_the_models_is_known_of_what_is_made_of_them() -> None:
     reverted = compositions.revert_sparse(tuned=tuned, base=base, diffs=[diff])
     assert added.notes[0] == "of the base"
     assert reverted.notes[:2] == ("of the model", "of the base")
+
+
+def test_what_is_taken_out_is_found_where_model_and_base_spell_names_otherwise() -> None:
+    names = [f"layers.{i}.w" for i in range(3)]
+    base = merge.InMemory("base", {name: torch.tensor([1.0, 1.0]) for name in names})
+    tuned = merge.InMemory("tuned", {f"model.{name}": torch.tensor([3.0, 5.0]) for name in names})
+    diff = sparse_file.in_memory("diff", {names[1]: (torch.tensor([1]), torch.tensor([4.0]))}, {names[1]: (2,)})
+    reverted = compositions.revert_sparse(tuned=tuned, base=base, diffs=[diff])
+    assert [reverted[name].tolist() for name in tuned] == [[3.0, 5.0], [3.0, 1.0], [3.0, 5.0]]
+    assert "base: 3 tensors renamed to those of tuned: prefix 'model.' added" in reverted.notes
