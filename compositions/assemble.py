@@ -77,7 +77,7 @@ def assemble(
     if mistakes:
         raise MergeError.of(mistakes)
     config, more = _true_config(first, parts, owner)
-    notes = [*(note for model in parts.values() for note in getattr(model, "notes", ())), *notes, *more]
+    notes = [*(note for model in parts.values() for note in model.notes), *notes, *more]
     companions = replace(first.companions, config=config)
     return Composed("assemble", {n: nodes[n] for n in names if n in nodes}, companions, tuple(dict.fromkeys(notes)))
 
@@ -92,7 +92,7 @@ def _named_as(donor: Checkpoint, parts: Mapping[str, Checkpoint]) -> tuple[dict[
     for key, model in parts.items():
         found = align(model.specs, donor.specs)
         if found is not None:
-            notes.append(f"{model.label}: {len(found.renamed)} tensors renamed to those of {donor.label}: {found}")
+            notes.append(found.note(model.label, donor.label))
         taken[key] = {}
         for own, spec in model.specs.items():
             name = found.added + own.removeprefix(found.removed) if found is not None else own

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from portmanteau.merge.registry import find
 
 from .composition import composition
 from .matching import TASK_HEADS, Met, Unmatched, match
+from .random_order import random_order
 
 _STATISTICS = "*.running_mean|*.running_var"
 _FAR = 1.5  # the first snapshot's loss over the last one's, above which it is worth a note
@@ -102,6 +102,12 @@ def accumulative_averages(
 ) -> Iterator[Composed]:
     """Give the averages over the first run, the first two … up to `first_runs` (default: all); nothing is read yet.
 
+    >>> import torch
+    >>> from portmanteau.merge import InMemory
+    >>> runs = [InMemory(f"run {i}", {"weight": torch.tensor([value])}) for i, value in enumerate((2.0, 4.0, 9.0))]
+    >>> [one["weight"].item() for one in accumulative_averages(models=runs)]
+    [2.0, 3.0, 5.0]
+
     The i-th is `average(models=models, shuffle_runs=shuffle_runs, first_runs=i, **settings)`. Raises as that does.
     """
     for count in range(1, 1 + (first_runs or len(_runs(models)))):
@@ -128,12 +134,8 @@ def _refuse(count: int, first_runs: int | None, shuffle_runs: int | None, weight
 
 
 def _shuffled(runs: list[dict[str, Checkpoint]], seed: int | None) -> list[dict[str, Checkpoint]]:
-    """Put the runs into a random order: of Random, only what `random` gives is the same in every version of Python."""
-    if seed is None:
-        return runs
-    dice = random.Random(seed)
-    draws = [dice.random() for _ in runs]
-    return [runs[i] for i in sorted(range(len(runs)), key=draws.__getitem__)]
+    """Put the runs into the random order of a seed, where there is one."""
+    return runs if seed is None else [runs[i] for i in random_order(seed, len(runs))]
 
 
 def _taken(runs: Sequence[Run], count: int, first_runs: int | None, shuffle_runs: int | None) -> list[str]:

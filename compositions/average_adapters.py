@@ -45,6 +45,13 @@ def average_adapters(
     architecture; dropout and initialisation may differ. Prediction heads are not averaged, and stay out. The mean of
     one adapter is that adapter under another name.
 
+    >>> from portmanteau import merge
+    >>> first, second = (merge.open_bottleneck(f"examples/adapters/bert-{name}") for name in ("first", "second"))
+    >>> mean = average_adapters(adapters={first: 3, second: 1}, name="mean")
+    >>> name = "bert.encoder.layer.0.output.adapters.mean.adapter_up.bias"
+    >>> [round(one[name][0].item(), 4) for one in (first.called("mean"), second.called("mean"), mean)]
+    [0.4359, 0.3045, 0.4031]
+
     Raises MergeError, with every mistake found, for adapters of another architecture, model or shape.
     """
     weights = dict(adapters) if isinstance(adapters, Mapping) else dict.fromkeys(adapters, 1.0)

@@ -106,7 +106,7 @@ def bring_together(weights: Mapping[Adapter, float]) -> Together:
         for name, own in adapter.saved.items():
             saved.setdefault(renamed.get(name, name), {})[adapter] = adapter.stored.node(own)
         if alignment:
-            notes.append(f"{adapter.label}: {len(renamed)} tensors renamed to those of {first.label}: {alignment}")
+            notes.append(alignment.note(adapter.label, first.label))
     mistakes = [mistake for path, found in terms.items() for mistake in _not_fitting(path, found)]
     if mistakes:
         raise MergeError.of(mistakes)

@@ -59,7 +59,7 @@ def part_of(model: Checkpoint, word: str) -> Composed:
         what, hint = f"{model.label} has no component {word!r}", f"there are: {', '.join(known(model.specs))}"
         raise MergeError("only", what, hint)
     nodes = {name: model.node(name) for name in own}
-    return Composed(model.label, nodes, model.companions, getattr(model, "notes", ()))
+    return Composed(model.label, nodes, model.companions, model.notes)
 
 
 def stack_of(word: str, layers: Layers, names: Iterable[str]) -> Stack | None:

@@ -36,6 +36,13 @@ def compose(recipe: Recipe, *, weights: bool = True) -> Composed | Surveyed:
 
     Models on the Hub are downloaded; with `weights=False` only their headers are, and the result can be planned.
 
+    >>> from portmanteau.compositions import load
+    >>> soup = compose(load("examples/linear.yaml"))
+    >>> soup
+    <Composed linear: 75 tensors, 0.7 MB>
+    >>> soup["model.norm.weight"].shape  # made now
+    torch.Size([64])
+
     Raises RecipeError with every mistake found: models that cannot be opened, that do not fit, settings they refuse.
     """
     made = _Composer(recipe, weights).result()

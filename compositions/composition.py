@@ -47,6 +47,21 @@ def composition(*, source: str, example: str) -> Callable[[F], F]:
 
     Its keyword-only parameters are its keys in a recipe; Checkpoint, Adapter, Bottleneck in annotations are references.
     `source` is the paper and section, or the reference code at a commit; `example` what a recipe's `merge` may be.
+
+    >>> from typing import Annotated
+    >>> from pydantic import Field
+    >>> from portmanteau.merge import Checkpoint
+    >>> @composition(source="an example", example="only_norms: {model: ./math}")
+    ... def only_norms(*, model: Annotated[Checkpoint, Field(description="where the norms come from")]) -> Composed:
+    ...     "Take the norms of a model, and nothing else."
+    ...     nodes = {name: model.node(name) for name in model if "norm" in name}
+    ...     return Composed("only_norms", nodes, model.companions)
+    >>> found = compositions()["only_norms"]  # what recipes find under the name
+    >>> list(found.parameters), found.summary
+    (['model'], 'Take the norms of a model, and nothing else.')
+    >>> from portmanteau import merge
+    >>> only_norms(model=merge.open("examples/models/base"))
+    <Composed only_norms: 17 tensors, 0.0 MB>
     """
 
     def register(function: F) -> F:

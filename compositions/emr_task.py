@@ -34,6 +34,13 @@ def emr_task(
     λ = Σ |d| / Σ |m τ|, one number over all tensors, found by a survey. (In the paper's code, the
     script for eight models adds up the means of tensors in λ instead.) The unified model is `emr: {base, models}`.
 
+    >>> import torch
+    >>> from portmanteau.merge import InMemory
+    >>> values = {"base": [0.0, 0.0], "math": [1.0, -2.0], "swahili": [3.0, 1.0]}
+    >>> base, math, swahili = (InMemory(name, {"weight": torch.tensor(value)}) for name, value in values.items())
+    >>> emr_task(base=base, task=math, others=[swahili])["weight"]  # τ = (3, −2), λ = (1 + 2) / (3 + 2)
+    tensor([ 1.8000, -1.2000])
+
     Raises MergeError with all mistakes found in names and shapes.
     """
     models = dict(zip(_labels([task, *others]), (task, *others), strict=True))

@@ -69,6 +69,17 @@ def extract_lora(
     most 1024 or less than eight times the rank, else by randomised subspace iteration. A survey finds which other
     tensors (norms, biases, embeddings, heads) changed. The share kept of each matrix is written to `energy.csv`.
 
+    >>> import torch
+    >>> from portmanteau.merge import InMemory
+    >>> name = "model.layers.0.mlp.up_proj"
+    >>> base = InMemory("base", {f"{name}.weight": torch.zeros(2, 2)})
+    >>> tuned = InMemory("tuned", {f"{name}.weight": torch.tensor([[3.0, 0.0], [0.0, 1.0]])})
+    >>> adapter = extract_lora(base=base, tuned=tuned, rank=1)
+    >>> a, b = (adapter[f"base_model.model.{name}.lora_{which}.weight"] for which in "AB")
+    >>> b @ a  # the larger of both singular values is kept
+    tensor([[3., 0.],
+            [0., 0.]])
+
     Raises MergeError for models that do not fit, and where nothing is chosen or nothing changed.
     """
     if (rank is None) == (energy is None):
@@ -194,8 +205,8 @@ def _stored_transposed(chosen: Mapping[str, Met], floats: Mapping[str, Met]) -> 
 
 def _about(base: Checkpoint) -> dict[str, Any]:
     """Give what the config says of the base: where it is, and the task of its architecture."""
-    architectures = (base.companions.config or {}).get("architectures") or ("",)
-    task = next((task for pattern, task in _TASKS.items() if matches(pattern, architectures[0])), None)
+    named = base.companions.architectures[:1]
+    task = next((task for pattern, task in _TASKS.items() for name in named if matches(pattern, name)), None)
     where = (base.repository or str(base.folder.absolute())) if isinstance(base, StoredCheckpoint) else None
     revision = base.revision if isinstance(base, StoredCheckpoint) else None
     return {"base_model_name_or_path": where, "revision": revision, "task_type": task}

@@ -50,6 +50,14 @@ def extract_sparse(
     `dense` are stored whole. This is the selection of LT-SFT, without its second training phase: the values are those
     of the full fine-tune.
 
+    >>> import torch
+    >>> from portmanteau.merge import InMemory
+    >>> base = InMemory("base", {"weight": torch.tensor([1.0, 1.0, 1.0, 1.0])})
+    >>> tuned = InMemory("tuned", {"weight": torch.tensor([1.5, 1.0, -1.0, 2.0])})
+    >>> made = extract_sparse(base=base, tuned=tuned, count=2)
+    >>> made["weight:indices"], made["weight:values"]
+    (tensor([2, 3]), tensor([-2.,  1.]))
+
     Raises MergeError for models that do not fit, and, once the data are read, where fewer entries differ.
     """
     if (count is None) == (density is None):
@@ -108,12 +116,8 @@ def _sorted(
     mistakes = list(_mistakes(unasked, sparse, matching.tensors, exclude, dense))
     if mistakes:
         raise MergeError.of(mistakes)
-    return sparse, whole, (*_kept_notes(matching.notes), *_notes(unasked))
-
-
-def _kept_notes(notes: tuple[str, ...]) -> Iterator[str]:
-    """Leave out what is said of tensors that only one model has: they are named here, or a mistake."""
-    return (note for note in notes if "not every model has" not in note)
+    # what only one of them has is named here, or a mistake
+    return sparse, whole, (*matching.told, *_notes(unasked))
 
 
 def _mistakes(

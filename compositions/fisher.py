@@ -12,7 +12,7 @@ from portmanteau.merge import Checkpoint, Composed, MergeError, Step
 from portmanteau.merge.dtypes import is_float
 from portmanteau.merge.errors import Mistake, some
 from portmanteau.merge.names import align
-from portmanteau.merge.node import Inputs, Node, copy_of
+from portmanteau.merge.node import Inputs, Node
 from portmanteau.merge.registry import find
 
 from .composition import composition
@@ -117,8 +117,7 @@ class _Job:
         """Make the step for one output tensor."""
         models = tuple(met.nodes.values())
         if not met.complete:
-            label, node = next(iter(met.nodes.items()))
-            return copy_of(node, met.spec, label)
+            return met.kept()
         if not is_float(met.spec.dtype):
             return Step(met.spec, find("equal"), {}, Inputs(models), self.labels)
         given = tuple(node for node in fishers if node is not None)

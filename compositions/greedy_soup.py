@@ -74,9 +74,13 @@ def greedy_soup(
     folder beside `out`, measured and removed: of n models 2n − 1 are measured. The recipe of the result is written as
     `OUT.yaml` and built as `out`.
 
-    >>> def near_five(folder):  # the folders four, none and nine hold one number each
-    ...     return -abs(float(open_checkpoint(folder)["weight"]) - 5)
-    >>> soup = greedy_soup([four, none, nine], out, measure=near_five)
+    >>> import torch
+    >>> from portmanteau.merge import InMemory
+    >>> for name, value in (("four", 4.0), ("none", 0.0), ("nine", 9.0)):
+    ...     receipt = build(InMemory(name, {"weight": torch.tensor([value])}), name)
+    >>> def near_five(folder):
+    ...     return -abs(open_checkpoint(folder)["weight"].item() - 5)
+    >>> soup = greedy_soup(["four", "none", "nine"], "soup", measure=near_five)
     >>> [(one.alone, one.soup, one.taken) for one in soup.tries]  # 4; (4 + 9) / 2 = 6.5 is worse, (4 + 0) / 2 = 2 too
     [(-1.0, -1.0, True), (-4.0, -1.5, False), (-5.0, -3.0, False)]
 

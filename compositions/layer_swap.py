@@ -159,8 +159,7 @@ class _Job:
     def step(self, met: Met, place: Place | None) -> Step:
         """Make the step for one output tensor."""
         if not met.complete:
-            label, node = next(iter(met.nodes.items()))
-            return copy_of(node, met.spec, label)
+            return met.kept()
         if not is_float(met.spec.dtype):
             return copy_of(met.nodes["task"], met.spec, "task")
         if place is None or place.stack not in self.zones:

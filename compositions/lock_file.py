@@ -16,6 +16,7 @@ from portmanteau.merge.errors import Mistake
 from portmanteau.merge.files import hub
 from portmanteau.merge.files.digests import digest, digest_of_file
 from portmanteau.merge.limits import Limits
+from portmanteau.merge.sparse import file as sparse_file
 
 from .compose import compose
 from .recipe.reading import Recipe
@@ -127,7 +128,7 @@ def _place(reference: Reference, recipe: Recipe) -> _Place:
     folder, made = root if root.is_dir() else root.parent, reference.opener()(root)
     weights = {file.path.name for file in getattr(made, "stored", made).files} | set(getattr(made, "head", ()))
     if not weights:  # a file that was decoded: the published form of sparse fine-tunes
-        weights = {root.name if root.is_file() else "pytorch_diff.bin"}
+        weights = {root.name if root.is_file() else sparse_file.PUBLISHED}
     names = [name for name in _beside(root) if name in weights or not _is_weights(name)]
     meant = recipe.models.get(reference.path, reference)
     origin = {}
@@ -149,7 +150,7 @@ _KINDS = {
     "Reference": hub.MODEL,
     "AdapterReference": hub.ADAPTER,
     "BottleneckReference": hub.BOTTLENECK,
-    "SparseReference": (("sparse_fine_tune.safetensors", ""), ("pytorch_diff.bin", "")),
+    "SparseReference": sparse_file.KINDS,
 }
 
 

@@ -69,6 +69,14 @@ def lora(
     terms √|cᵢcⱼ| BᵢAⱼ. An operator is applied to the changes sᵢBᵢAᵢ, and the result decomposed. With a base and any
     `combine` but `cat`, that adapter is folded in.
 
+    >>> from portmanteau import merge
+    >>> task, language = (merge.open_adapter(f"examples/adapters/{name}") for name in ("task", "language"))
+    >>> lora(base=merge.open("examples/models/base"), adapters={task: 1.0, language: 0.5})
+    <Composed lora: 75 tensors, 0.7 MB>
+    >>> both = lora(adapters=[task, language])  # an adapter, of rank 4 + 4
+    >>> both.specs["base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"].shape
+    (8, 64)
+
     Raises MergeError, with every mistake found, for adapters that do not fit the base or each other.
     """
     weights = dict(adapters) if isinstance(adapters, Mapping) else dict.fromkeys(adapters, 1.0)
@@ -94,7 +102,7 @@ def _folded(base: Checkpoint, weights: Mapping[Adapter, float], notes: tuple[str
         raise MergeError.of(mistakes)
     terms = [_Term(one, float(weights[one.adapter])) for one in fitted]
     nodes = {name: _step(base.node(name), spec, terms) for name, spec in base.specs.items()}
-    told = (*notes, *(note for one in fitted for note in one.notes), *_lacking(fitted))
+    told = (*base.notes, *notes, *(note for one in fitted for note in one.notes), *_lacking(fitted))
     return Composed("lora", nodes, base.companions, told)
 
 
@@ -172,7 +180,7 @@ def _fitted(adapter: Adapter, base: Checkpoint) -> _Fitted:
     copies = {renamed.get(name, name): own for name, own in adapter.copies.items()}
     for name, own in {**saved, **copies}.items():
         mistakes += _not_of_its_shape(adapter, own, base.specs.get(name))
-    notes = (f"{adapter.label}: {len(renamed)} tensors renamed to those of the base: {alignment}",) if alignment else ()
+    notes = (alignment.note(adapter.label, "the base"),) if alignment else ()
     return _Fitted(adapter, changes, saved, copies, tuple(mistakes), notes)
 
 

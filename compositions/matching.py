@@ -8,15 +8,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from portmanteau.merge import Checkpoint, MergeError, TensorSpec
+from portmanteau.merge import Checkpoint, MergeError, Step, TensorSpec
 from portmanteau.merge.companions import INPUT_EMBEDDINGS, vocabulary
 from portmanteau.merge.dtypes import is_float, promote
 from portmanteau.merge.errors import Mistake, some
 from portmanteau.merge.names import align, matches
-from portmanteau.merge.node import Node
+from portmanteau.merge.node import Node, copy_of
 
 HEADS = "*lm_head.weight|*embed_out.weight|*predictions.decoder.weight|*output_projection.weight"
-_WITH_TIED_HEADS = "*ForCausalLM|*LMHead*|*ForMaskedLM|*ForConditionalGeneration"
 TASK_HEADS = "*classifier*|qa_outputs.*|score.*"  # made anew for a task, so initialised by each run's seed
 _KEEP = "unmatched: keep takes such tensors from the first model that has them, unmatched: drop leaves them out"
 _ONE_VOCABULARY = "output: {tokenizer: NAME}, or {tokenizer: {source: union}}, brings them to one vocabulary"
@@ -35,13 +34,31 @@ class Met:
     nodes: Mapping[str, Node]
     complete: bool  # every model has it
 
+    def kept(self) -> Step:
+        """Take it from the first model that has it."""
+        label, node = next(iter(self.nodes.items()))
+        return copy_of(node, self.spec, label)
+
 
 @dataclass(frozen=True)
 class Matching:
-    """All output tensors, in the order of the reference, and notes on what was renamed, kept or dropped."""
+    """All output tensors, in the order of the reference, and what a user should know.
+
+    Attributes:
+        tensors: by their names in the result.
+        told: notes of the models, and on what was renamed.
+        left: a note on tensors that not every model has.
+
+    """
 
     tensors: Mapping[str, Met]
-    notes: tuple[str, ...]
+    told: tuple[str, ...]
+    left: tuple[str, ...]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """All of them."""
+        return (*self.told, *self.left)
 
 
 def match(models: Mapping[str, Checkpoint], reference: str, unmatched: str = "error") -> Matching:
@@ -50,7 +67,6 @@ def match(models: Mapping[str, Checkpoint], reference: str, unmatched: str = "er
     Raises MergeError, with every mistake found: names that not all have, shapes or vocabularies that differ.
     """
     names_of, renamings = _aligned(models, reference)
-    notes = [note for model in models.values() for note in getattr(model, "notes", ())] + renamings
     named = {
         label: {names_of[label][name]: model.node(name) for name in model.specs} for label, model in models.items()
     }
@@ -64,11 +80,12 @@ def match(models: Mapping[str, Checkpoint], reference: str, unmatched: str = "er
     mistakes += different_vocabularies(models, reference)
     if mistakes:
         raise MergeError.of(mistakes)
-    if partial:
-        verb = "kept from the first model that has them" if unmatched == "keep" else "left out"
-        notes.append(f"{len(partial)} tensors that not every model has were {verb}: {some(partial)}")
+    verb = "kept from the first model that has them" if unmatched == "keep" else "left out"
+    left = [f"{len(partial)} tensors that not every model has were {verb}: {some(partial)}"] if partial else []
     names = [name for name in every if name not in partial or unmatched == "keep"]
-    return Matching({n: _met(n, named, complete=n not in partial) for n in names}, tuple(dict.fromkeys(notes)))
+    inherited = (note for model in models.values() for note in model.notes)
+    told = tuple(dict.fromkeys((*inherited, *renamings)))
+    return Matching({name: _met(name, named, complete=name not in partial) for name in names}, told, tuple(left))
 
 
 def _aligned(models: Mapping[str, Checkpoint], reference: str) -> tuple[dict[str, dict[str, str]], list[str]]:
@@ -81,7 +98,7 @@ def _aligned(models: Mapping[str, Checkpoint], reference: str) -> tuple[dict[str
         renamed = alignment.renamed if alignment else {}
         names_of[label] = {name: renamed.get(name, name) for name in model.specs}
         if alignment:
-            notes.append(f"{label}: {len(renamed)} tensors renamed to those of {reference}: {alignment}")
+            notes.append(alignment.note(label, reference))
     return names_of, notes
 
 
@@ -110,8 +127,8 @@ def _nothing_shared(
 
 def _kind(model: Checkpoint) -> str:
     """Name a model's architecture: as its config does, else by its first tensor."""
-    found = (model.companions.config or {}).get("architectures")
-    return str(found[0]) if isinstance(found, list) and found else f"tensors such as {next(iter(model.specs))}"
+    first, *_ = model.companions.architectures or (f"tensors such as {next(iter(model.specs))}",)
+    return first
 
 
 def _different_depths(models: Mapping[str, Checkpoint], names_of: Mapping[str, Mapping[str, str]]) -> list[Mistake]:
@@ -183,9 +200,4 @@ def _same_files(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 def is_tied(base: Checkpoint) -> bool:
     """Tell whether the head of a language model is its embedding."""
-    config = base.companions.config or {}
-    named = config.get("architectures")
-    names = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
-    generates = any(matches(_WITH_TIED_HEADS, name) for name in names)
-    own = any(matches(HEADS, name) for name in base.specs)
-    return generates and not own and config.get("tie_word_embeddings") is not False
+    return base.companions.ties_head and not any(matches(HEADS, name) for name in base.specs)

@@ -73,6 +73,13 @@ def overlaps(diffs: Sequence[SparseFineTune]) -> tuple[Overlap, ...]:
 
     Sums are taken in fp64 on a fixed grid. One tensor's positions and values are in memory at a time.
 
+    >>> from portmanteau import merge
+    >>> *of_tensors, whole = overlaps([merge.open_sparse(f"examples/models/{x}-sparse") for x in ("task", "language")])
+    >>> whole.counts, whole.shared, whole.opposed
+    ((4962, 4962), 109, 58)
+    >>> round(whole.by_chance, 1)  # 4962 · 4962 / 330816
+    74.4
+
     Raises MergeError for fewer than two, and for sparse fine-tunes of different bases or shapes.
     """
     mistakes = list(_mistakes(diffs))

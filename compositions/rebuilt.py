@@ -22,6 +22,12 @@ def rebuilt(
 ) -> tuple[Mistake, ...]:
     """Make a result again from the recipe in its receipt, without writing it; name each tensor and file that differs.
 
+    >>> from portmanteau.merge import build
+    >>> recipe = load("examples/average.yaml")
+    >>> receipt = build(compose(recipe), "merged", recipe=recipe.text, recipe_folder=recipe.folder)
+    >>> rebuilt("merged")
+    ()
+
     Args:
         out: the folder of the result.
         folder: what the recipe's paths are relative to, where that has moved.

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated
 
 from pydantic import Field
 
-from portmanteau.merge import Checkpoint, Composed, MergeError, SparseFineTune
+from portmanteau.merge import Checkpoint, Composed, MergeError, SparseFineTune, Step, TensorSpec
 from portmanteau.merge.errors import Mistake, some
+from portmanteau.merge.names import align
 from portmanteau.merge.node import Node, copy_of
 from portmanteau.merge.sparse.entries import restored
 
 from .composition import composition
 from .matching import match
-from .sparse_fine_tune import OtherBase, fit
+from .sparse_fine_tune import Fitted, OtherBase, fit
 
 
 @composition(
@@ -34,38 +36,53 @@ def revert_sparse(
     where it has them. Nothing is subtracted, so nothing is rounded; an entry that another sparse fine-tune, which
     stays in, changes too is the base's afterwards.
 
+    >>> from portmanteau import merge
+    >>> from portmanteau.compositions import sparse_fine_tune
+    >>> base = merge.open("examples/models/base")
+    >>> task, language = (merge.open_sparse(f"examples/models/{name}-sparse") for name in ("task", "language"))
+    >>> both = sparse_fine_tune(base=base, diffs=[task, language])
+    >>> reverted = revert_sparse(tuned=both, base=base, diffs=[language])
+    >>> name = "model.layers.0.mlp.up_proj.weight"
+    >>> [int((one[name] != base[name]).sum()) for one in (both, reverted)]  # of 61 of the task 2 are the language's too
+    [75, 59]
+
     Raises MergeError, with every mistake found, for models and sparse fine-tunes that do not fit.
     """
     matching = match({"tuned": tuned, "base": base}, "tuned", "keep")
-    fitted = fit(diffs, base, other_base)
+    fitted = [_spelled_as(tuned, base, one) for one in fit(diffs, base, other_base)]
     mistakes = [mistake for one in fitted for mistake in one.mistakes]
     if not fitted:
         mistakes.append(Mistake("diffs", "names no sparse fine-tune"))
     pairs = {name: met.nodes for name, met in matching.tensors.items() if "tuned" in met.nodes}
-    dtypes = [
-        name
-        for name, pair in pairs.items()
-        if "base" in pair and pair["base"].output.dtype != pair["tuned"].output.dtype
-    ]
+    dtypes = [name for name, pair in pairs.items() if len({node.output.dtype for node in pair.values()}) > 1]
     if dtypes:
-        mistakes.append(
-            Mistake("tuned", f"has another dtype than the base: {some(dtypes)}", "bytes cannot be restored")
-        )
+        what = f"has another dtype than the base: {some(dtypes)}"
+        mistakes.append(Mistake("tuned", what, "bytes cannot be restored"))
     if mistakes:
         raise MergeError.of(mistakes)
-    nodes: dict[str, Node] = {}
-    for name, pair in pairs.items():
-        node, base_node, spec = pair["tuned"], pair.get("base"), tuned.specs[name]
-        label = "tuned"
-        for one in fitted if base_node else ():
-            assert base_node
-            if name in one.dense:
-                node, label = base_node, "base"
-            elif name in one.names:
-                node = restored(spec, node, base_node, one.diff.indices(one.names[name]), one.label)
-        nodes[name] = copy_of(node, spec, label)
+    nodes: dict[str, Node] = {name: _step(tuned.specs[name], pair, fitted) for name, pair in pairs.items()}
     left = [name for one in fitted for name in one.dense if name in pairs and "base" not in pairs[name]]
-    notes = [note for one in fitted for note in one.notes]
+    notes = [*matching.told, *(note for one in fitted for note in one.notes)]
     if left:
         notes.append(f"tensors that the base lacks stay: {some(left)}")
     return Composed("revert_sparse", nodes, tuned.companions, tuple(notes))
+
+
+def _spelled_as(tuned: Checkpoint, base: Checkpoint, one: Fitted) -> Fitted:
+    """Give a sparse fine-tune that fits the base under the names that the tuned model has for the base's tensors."""
+    alignment = align(base.specs, tuned.specs) if base.specs.keys() != tuned.specs.keys() else None
+    renamed = alignment.renamed if alignment else {}
+    names, dense = ({renamed.get(name, name): own for name, own in of.items()} for of in (one.names, one.dense))
+    return replace(one, names=names, dense=dense)
+
+
+def _step(spec: TensorSpec, pair: Mapping[str, Node], fitted: Sequence[Fitted]) -> Step:
+    """Make the step for one tensor: the base's where a sparse fine-tune stores it whole, or its entries there."""
+    node, label = pair["tuned"], "tuned"
+    if "base" in pair:
+        for one in fitted:
+            if spec.name in one.dense:
+                node, label = pair["base"], "base"
+            elif spec.name in one.names:
+                node = restored(spec, node, pair["base"], one.diff.indices(one.names[spec.name]), one.label)
+    return copy_of(node, spec, label)

@@ -117,14 +117,10 @@ def slices(
         given, parts, stack = part_of(given, only), [part.only(only) for part in parts], None
     pieces = _pieces(parts, stack)
     target = _Target(given, _stack(given, stack, "donor"))
-    nodes: dict[str, Step] = {}
     notes: list[str] = []
-    mistakes = [] if outside is not None else list(_other_outside(parts, pieces, target))
-    for number, (part, piece) in enumerate(zip(parts, pieces, strict=True)):
-        try:
-            nodes |= piece.steps(part, target, notes)
-        except MergeError as error:
-            mistakes += [replace(mistake, where=f"parts.{number}") for mistake in error.mistakes]
+    nodes, mistakes = _layers(parts, pieces, target, notes)
+    if outside is None:
+        mistakes = [*_other_outside(parts, pieces, target), *mistakes]
     every = dict.fromkeys([given, *(model for part in parts for model in part.inputs.values())])
     others = {model.label: model for model in every if model is not given}
     mistakes += different_vocabularies({**others, "the donor": given}, "the donor")
@@ -295,6 +291,20 @@ def _stack(model: Checkpoint, word: str | None, where: str) -> Stack:
     return stacks[0]
 
 
+def _layers(
+    parts: Sequence[Slice], pieces: Sequence[_Piece], target: _Target, notes: list[str]
+) -> tuple[dict[str, Step], list[Mistake]]:
+    """Make the steps of all slices' layers, and find the slices whose models do not fit each other."""
+    nodes: dict[str, Step] = {}
+    mistakes: list[Mistake] = []
+    for number, (part, piece) in enumerate(zip(parts, pieces, strict=True)):
+        try:
+            nodes |= piece.steps(part, target, notes)
+        except MergeError as error:
+            mistakes += [replace(mistake, where=f"parts.{number}") for mistake in error.mistakes]
+    return nodes, mistakes
+
+
 def _outside(
     parts: Sequence[Slice], pieces: Sequence[_Piece], target: _Target, outside: Checkpoint | None, notes: list[str]
 ) -> tuple[dict[str, Step], dict[str, Step]]:
@@ -325,7 +335,7 @@ def _outside(
 def _inherited(parts: Sequence[Slice]) -> Iterator[str]:
     """Go through what is to be known of the models."""
     for model in (model for part in parts for model in part.inputs.values()):
-        yield from getattr(model, "notes", ())
+        yield from model.notes
 
 
 def _idle(parts: Sequence[Slice], nodes: Mapping[str, Step]) -> list[str]:

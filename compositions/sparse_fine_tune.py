@@ -59,6 +59,14 @@ def sparse_fine_tune(
     bytes). Entries that none changes keep their bytes. What a sparse fine-tune stores whole (`dense`, a head) replaces
     the base's tensor or is added to it; for a language on a task, say `dense: false`.
 
+    >>> from portmanteau import merge
+    >>> base = merge.open("examples/models/base")
+    >>> diffs = [merge.open_sparse(f"examples/models/{name}-sparse") for name in ("task", "language")]
+    >>> both = sparse_fine_tune(base=base, diffs=diffs)
+    >>> name = "model.layers.0.mlp.up_proj.weight"
+    >>> [diff.values(name).spec.entries for diff in diffs], int((both[name] != base[name]).sum())  # 2 are in both
+    ([61, 16], 75)
+
     Raises MergeError, with every mistake found, for other bases, shapes and names, and for two heads in one place.
     """
     terms = _terms(diffs, dense)
@@ -71,7 +79,7 @@ def sparse_fine_tune(
         raise MergeError.of(mistakes)
     weights = [term.weight for term in terms.values()]
     nodes: dict[str, Node] = {name: _step(base.node(name), spec, fitted, weights) for name, spec in base.specs.items()}
-    notes = [note for one in fitted for note in one.notes]
+    notes = [*base.notes, *(note for one in fitted for note in one.notes)]
     for one, term in zip(fitted, terms.values(), strict=True):
         if term.dense:
             added = [name for name in one.dense if name not in base.specs]
@@ -121,7 +129,7 @@ def _fitted(diff: SparseFineTune, base: Checkpoint, mark: str) -> Fitted:
     names = {renamed.get(name, name): name for name in diff.shapes}
     dense = {renamed.get(name, name): name for name in diff.dense}
     mistakes = [*_not_of_the_base(diff, base, mark), *_do_not_fit(diff, base, names, dense)]
-    notes = [f"{diff.label}: {len(renamed)} tensors renamed to those of the base: {alignment}"] if alignment else []
+    notes = [alignment.note(diff.label, "the base")] if alignment else []
     if not diff.base:
         notes.append(f"{diff.label}: does not say for which base it was made; only names and shapes were compared")
     elif not isinstance(base, StoredCheckpoint):

@@ -41,6 +41,12 @@ def stack_adapters(
     embeddings. Both adapters are copied, each into the sub-folder of its name, beside adapter_setup.json. Bottleneck
     adapters cannot be merged into weights: the result is no model.
 
+    >>> from portmanteau import merge
+    >>> swahili, task = (merge.open_bottleneck(f"examples/adapters/bert-{name}") for name in ("swahili", "task"))
+    >>> stacked = stack_adapters(language=swahili, task=task)
+    >>> sorted(stacked.companions.texts)
+    ['adapter_setup.json', 'swahili/adapter_config.json', 'task/adapter_config.json']
+
     Raises MergeError for adapters of one name, or of different models.
     """
     both = {"language": language, "task": task}

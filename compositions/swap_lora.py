@@ -53,6 +53,13 @@ def swap_lora(
     adapters' factors side by side (rank r₁ + r₂). Ranks and alphas of modules stand in the config's patterns. A layer
     that an adapter lacks is a change of zero. DoRA magnitudes go with their factors; a DoRA result has no transition.
 
+    >>> from portmanteau import merge
+    >>> task, language = (merge.open_adapter(f"examples/adapters/{name}") for name in ("task", "language"))
+    >>> swapped = swap_lora(task=task, language=language, bottom=3, top=0, layers=8)
+    >>> names = [f"base_model.model.model.layers.{i}.mlp.up_proj.lora_A.weight" for i in range(8)]
+    >>> [len(swapped[name]) for name in names]  # the ranks: layer 3 has both
+    [4, 4, 4, 8, 4, 4, 4, 4]
+
     Raises MergeError for adapters that do not fit each other, or more layers asked for than there are.
     """
     weights = {task: 1.0, language: 1.0}

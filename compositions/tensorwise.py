@@ -12,7 +12,7 @@ from portmanteau.merge import Checkpoint, Composed, MergeError, Operator, Step
 from portmanteau.merge.dtypes import is_float, is_packed
 from portmanteau.merge.errors import Mistake, nearest, some
 from portmanteau.merge.names import Place, matches
-from portmanteau.merge.node import Inputs, copy_of
+from portmanteau.merge.node import Inputs
 from portmanteau.merge.operator import Setting
 from portmanteau.merge.registry import exists, find, operators, unknown
 
@@ -229,8 +229,7 @@ class Job:
     def step(self, met: Met, depth: float) -> Step:
         """Make the step for one output tensor at a depth from 0 to 1; 0 outside the layers."""
         if not met.complete:
-            label, node = next(iter(met.nodes.items()))
-            return copy_of(node, met.spec, label)
+            return met.kept()
         rule = next((rule for rule in self.rules if matches(rule.tensors, met.spec.name)), None)
         operator = find(rule.operator if rule and rule.operator else self.operator)
         labels = rule.models if rule and rule.models else self.models

@@ -57,6 +57,15 @@ def build(
     A build that was ended, whatever ended it, is continued by the same call: finished tensors are kept if their bytes
     are still those that were written. A result that is there already and is what is asked for is left as it is.
 
+    >>> from portmanteau.merge import open
+    >>> task = open("examples/models/task-expert")
+    >>> build(task, "merged", dtype="float32").outcome
+    'built'
+    >>> build(task, "merged", dtype="float32").outcome
+    'up to date'
+    >>> open("merged").specs["model.norm.weight"].dtype
+    'F32'
+
     Args:
         checkpoint: what to write.
         out: the folder; it appears whole, or not at all.

@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from .sums import total
+
 
 @dataclass(frozen=True, slots=True)
 class Change:
@@ -71,13 +73,4 @@ def added(changes: Iterable[Change]) -> Change:
     >>> added([Change(entries=2, changed=1, delta=0.5, base=4.0), Change(entries=2, delta=0.0, base=4.0)]).relative
     0.0625
     """
-    every = list(changes)
-    return Change(
-        entries=sum(one.entries for one in every),
-        changed=sum(one.changed for one in every),
-        delta=math.fsum(one.delta for one in every),
-        delta_squared=math.fsum(one.delta_squared for one in every),
-        base=math.fsum(one.base for one in every),
-        base_squared=math.fsum(one.base_squared for one in every),
-        top=math.fsum(one.top for one in every),
-    )
+    return total(Change, changes)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from .companions import Companions, true_config
 from .errors import CheckpointError, some
-from .names import Layers, Stack
+from .names import Layers
 from .node import Node
 from .tensor_spec import TensorSpec
 from .units import readable
@@ -26,12 +26,14 @@ class Checkpoint(ABC):
         label: what messages and receipts call it, as its user wrote it.
         specs: name → TensorSpec, in the order of the checkpoint; known without reading weights.
         companions: the config, the tokenizer and the other files that go with the weights.
+        notes: what a user should know of it; of one on disk there is nothing.
 
     """
 
     label: str
     specs: Mapping[str, TensorSpec]
     companions: Companions
+    notes: tuple[str, ...] = ()
 
     @abstractmethod
     def node(self, name: str) -> Node:
@@ -68,19 +70,15 @@ class Checkpoint(ABC):
         """A table of the stacks of layers and what is outside them, for notebooks."""
         from . import notebook
 
-        groups: dict[Stack | None, list[TensorSpec]] = {}
-        for name, spec in self.specs.items():
-            place = self.layers.place(name)
-            groups.setdefault(place.stack if place else None, []).append(spec)
         rows = [
             (
                 stack.prefix if stack else "outside the layers",
                 stack.count if stack else "",
-                len(specs),
-                readable(sum(spec.nbytes for spec in specs)),
-                ", ".join(sorted({spec.dtype for spec in specs})),
+                len(names),
+                readable(sum(self.specs[name].nbytes for name in names)),
+                ", ".join(sorted({self.specs[name].dtype for name in names})),
             )
-            for stack, specs in groups.items()
+            for stack, names in self.layers.by_stack(self.specs).items()
         ]
         return notebook.table(repr(self)[1:-1], ("where", "layers", "tensors", "bytes", "dtypes"), rows)
 
@@ -112,8 +110,7 @@ class Checkpoint(ABC):
             config = transformers.AutoConfig.for_model(**fields)
         except (TypeError, ValueError) as error:
             raise CheckpointError(self.label, f"its config.json is not that of a known model: {error}") from error
-        listed = fields.get("architectures")
-        named = getattr(transformers, str(listed[0]), None) if isinstance(listed, list) and listed else None
+        named = next((getattr(transformers, one, None) for one in self.companions.architectures), None)
         kind: Any = transformers.AutoModel  # a config may name any attribute of transformers
         if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
             kind = named

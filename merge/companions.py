@@ -22,10 +22,13 @@ from .tensor_spec import TensorSpec
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
+_TOKENIZER = (
+    "tokenizer*|vocab.*|vocab*.json|merges.txt|special_tokens_map.json|added_tokens.json|*.model|*.spm|*.tiktoken"
+)
 _CARRIED = "|".join(
     (
         GENERATION_CONFIG,
-        "tokenizer*|vocab.*|vocab*.json|merges.txt|special_tokens_map.json|added_tokens.json|*.model|*.spm|*.tiktoken",
+        _TOKENIZER,
         "chat_template.*",
         "*processor_config.json|sentence_*_config.json|config_sentence_transformers.json|modules.json|tekken.json|bpe.codes",
         "*.py|LICENSE*|NOTICE*|USE_POLICY*",
@@ -33,10 +36,8 @@ _CARRIED = "|".join(
 )
 _CARRIED_FROM_FOLDERS = "additional_chat_templates/*|[0-9]_*/config.json"
 _READ = (CONFIG, "adapter_config.json")  # not copied: read, and written anew where they go with the result
-_TOKENIZER = (
-    "tokenizer*|vocab.*|vocab*.json|merges.txt|special_tokens_map.json|added_tokens.json|*.model|*.spm|*.tiktoken"
-)
 _TEMPLATES = "chat_template.*|additional_chat_templates/*"
+_GENERATES = "*ForCausalLM|*LMHead*|*ForMaskedLM|*ForConditionalGeneration"
 INPUT_EMBEDDINGS = (
     "*embed_tokens.weight|*word_embeddings.weight|*wte.weight|*embed_in.weight|shared.weight|*.shared.weight"
     "|*tok_embeddings.weight|backbone.embeddings.weight"
@@ -61,6 +62,18 @@ class Companions:
     texts: Mapping[str, str] = field(default_factory=dict)
     form: Form = MODEL
     derived: Mapping[str, Callable[[Path], None]] = field(default_factory=dict)
+
+    @property
+    def architectures(self) -> tuple[str, ...]:
+        """The model classes that the config names; what is no text is none."""
+        named = (self.config or {}).get("architectures")
+        return tuple(one for one in named if isinstance(one, str)) if isinstance(named, list) else ()
+
+    @property
+    def ties_head(self) -> bool:
+        """Tell whether the head of the config's model is its embedding, where it has none of its own."""
+        generates = any(matches(_GENERATES, name) for name in self.architectures)
+        return generates and (self.config or {}).get("tie_word_embeddings") is not False
 
     @property
     def nbytes(self) -> int:

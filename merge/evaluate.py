@@ -14,7 +14,7 @@ from .dtypes import byte_size, is_float, torch_dtype
 from .errors import MergeError, Mistake, PortmanteauError
 from .node import Finding, Inputs, Made, Node, Source, Step, Survey, sources
 from .non_finite import Watch
-from .operator import Part, Parts, call
+from .operator import Part, Parts, call, row_width
 
 if TYPE_CHECKING:
     import torch
@@ -229,7 +229,7 @@ def whole_rows(span: slice, shape: tuple[int, ...]) -> slice:
     >>> whole_rows(slice(5, 8), (4, 3)), whole_rows(slice(5, 8), (12,))
     (slice(3, 9, None), slice(0, 12, None))
     """
-    width = max(1, shape[-1] if shape else 1)
+    width = row_width(shape)
     return slice(span.start // width * width, -(-span.stop // width) * width)
 
 

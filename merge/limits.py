@@ -9,6 +9,7 @@ from .device import CPU
 from .errors import OutputError
 from .evaluate import GRID, LARGEST_ELSEWHERE, LARGEST_PART, Session
 from .node import Inputs, Made, Node, Source, Step
+from .operator import row_width
 from .plan import Plan
 from .units import readable
 
@@ -82,8 +83,7 @@ def _held(node: Node) -> int:
         return 0
     own = node.held if isinstance(node, Made) else 0
     if isinstance(node, Step):
-        width = (node.output.shape or (1,))[-1]
-        own = 2 * width * _gathered_bytes(node.inputs) if node.operator.rows else 0
+        own = 2 * row_width(node.output.shape) * _gathered_bytes(node.inputs) if node.operator.rows else 0
         matrices = node.operator.holds + node.operator.holds_each * sum(1 for _ in node.inputs)
         own += matrices * node.output.entries * (8 if node.inputs.dtype == "F64" else 4)
     return own + sum(map(_held, node.inputs))

@@ -68,6 +68,14 @@ class Layers:
         stack = self._by_prefix.get(match["prefix"]) if match else None
         return Place(stack, int(match["index"]), match["rest"]) if match and stack else None
 
+    def by_stack(self, names: Iterable[str]) -> dict[Stack | None, list[str]]:
+        """Gather names by the stack in which they lie; None: outside the layers."""
+        found: dict[Stack | None, list[str]] = {}
+        for name in names:
+            place = self.place(name)
+            found.setdefault(place.stack if place else None, []).append(name)
+        return found
+
     def find(self, word: str) -> Stack | None:
         """Find a stack by its prefix or by a part of it that no other stack has: `encoder` for `encoder.block`."""
         parts = word.split(".")
@@ -132,8 +140,12 @@ class Alignment:
     added: str = ""
     removed: str = ""
 
+    def note(self, label: str, reference: str) -> str:
+        """Say what was done to the names of a checkpoint, as the plan notes it."""
+        return f"{label}: {len(self.renamed)} tensors renamed to those of {reference}: {self}"
+
     def __str__(self) -> str:
-        """What was done, as the plan notes it."""
+        """What was done to the names."""
         return f"prefix {self.added!r} added" if self.added else f"prefix {self.removed!r} removed"
 
 

@@ -40,7 +40,6 @@ T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 
 PerModel = Union[T, Sequence[T]]  # one value for all models, or one for each
-ROLES = ("models", "deltas", "vectors", "importances", "base")
 
 Measure = Callable[..., Any]
 
@@ -138,6 +137,15 @@ class Part:
 
 
 WHOLE = Part()
+
+
+def row_width(shape: tuple[int, ...]) -> int:
+    """Give the entries of a row: the last dimension; a vector is one row.
+
+    >>> row_width((4, 3)), row_width((12,)), row_width(())
+    (3, 12, 1)
+    """
+    return max(1, shape[-1] if shape else 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,6 +266,18 @@ def operator(
     compiled: Callable[..., Form | None] | None = None,
 ) -> Callable[[F], F]:
     """Register a function as the operator of its name, and hand it back unchanged.
+
+    >>> import torch
+    >>> from pydantic import Field
+    >>> @operator(source="an example")
+    ... def highest(models, *, times: Annotated[float, Field(gt=0, description="what it is multiplied by")] = 1.0):
+    ...     "Take the highest value of each entry."
+    ...     return times * models.amax(dim=0)
+    >>> highest(torch.tensor([[1.0, 4.0], [3.0, 2.0]]), times=2.0)
+    tensor([6., 8.])
+    >>> found = REGISTRY["highest"]  # what recipes find under the name
+    >>> found.roles, found.settings["times"].type_name, found.summary
+    (('models',), 'float, > 0', 'Take the highest value of each entry.')
 
     Args:
         source: the paper and section, or the reference code at a commit.

@@ -132,7 +132,7 @@ def make_plan(checkpoint: Checkpoint, dtype: str | None = None) -> Plan:
     mistakes = [mistake for step in steps for mistake in _refusals(step)]
     if mistakes:
         raise MergeError.of({(mistake.where, mistake.what): mistake for mistake in reversed(mistakes)}.values())
-    plan = Plan(tuple(steps), getattr(checkpoint, "notes", ()), companions=checkpoint.companions)
+    plan = Plan(tuple(steps), checkpoint.notes, companions=checkpoint.companions)
     note = licence_note(read_cards(plan.checkpoints))
     return replace(plan, notes=(*plan.notes, *note)) if note else plan
 

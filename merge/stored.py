@@ -22,8 +22,7 @@ from .tensor_spec import TensorSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
-_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_WHOLE = ("model.safetensors", "pytorch_model.bin")
+_, _INDEX = hub.MODEL[0]
 _LEGACY = (".bin", ".pt", ".pth")
 _AGAIN = "download the folder again"
 _MOST_NAMED = 50  # tensors in which an index and its shards differ
@@ -99,6 +98,14 @@ def open(
 
     What is on the Hub is downloaded; with `weights=False` only the headers of its `.safetensors` files, to plan with.
 
+    >>> base = open("examples/models/base")
+    >>> base
+    <StoredCheckpoint examples/models/base: 75 tensors, 0.7 MB>
+    >>> base.specs["model.norm.weight"]  # from the header
+    TensorSpec(name='model.norm.weight', dtype='BF16', shape=(64,))
+    >>> base["model.norm.weight"].shape  # read now
+    torch.Size([64])
+
     Raises CheckpointError where there is nothing, or where what is there is not a whole checkpoint.
     """
     path = places.user_path(reference)
@@ -111,13 +118,11 @@ def open(
     text = str(reference)
     if kind == "other":
         raise CheckpointError(text, "is neither a file nor a folder", "devices and pipes are not opened")
-    if not hub.is_on_hub(text, revision) or (isinstance(reference, Path) and path.is_absolute()):
+    if not hub.is_on_hub(text, revision):
         raise CheckpointError(text, "no such file or folder", places.nearby(path))
-    repository, _, tag = text.partition("@")
-    commit = revision or tag or None
-    found = hub.Glance(hub.download(repository, commit), {}) if weights else hub.glance(repository, commit)
+    found = hub.fetched(text, revision, weights=weights)
     files = _open_folder(found.folder, found.missing)
-    return StoredCheckpoint(label, files, gather(found.folder), found.folder.name, repository)
+    return StoredCheckpoint(label, files, gather(found.folder), found.folder.name, found.repository)
 
 
 def _open_file(path: Path) -> WeightFile:
@@ -137,7 +142,7 @@ def _open_folder(folder: Path, missing: Mapping[str, RemoteFile] = MappingProxyT
 
     `missing` are those that would be there if they were downloaded.
     """
-    for whole, index in zip(_WHOLE, _INDEXES, strict=True):
+    for whole, index in hub.MODEL:
         has_whole, has_index = whole in missing or (folder / whole).is_file(), (folder / index).is_file()
         if has_whole and has_index:
             hint = "one of them is left over from an earlier save: remove the one that is not meant"
@@ -164,7 +169,7 @@ def _only_file(folder: Path) -> Path:
         hint = "a checkpoint folder holds model.safetensors, or shards with model.safetensors.index.json"
         raise CheckpointError(str(folder), "holds no weights", hint)
     if len(found) > 1:
-        hint = f"shards need their {_INDEXES[0]}; or name one of the files"
+        hint = f"shards need their {_INDEX}; or name one of the files"
         names = some([path.name for path in found])
         raise CheckpointError(str(folder), f"holds {len(found)} weight files and no index: {names}", hint)
     return found[0]

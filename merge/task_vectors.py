@@ -12,6 +12,7 @@ from .changes import Change
 from .errors import MergeError
 from .kernels import Cut, largest, row_sums, select_largest
 from .operator import Parts
+from .sums import total
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,19 +82,7 @@ class Meeting:
 
 def met(meetings: Iterable[Meeting]) -> Meeting:
     """Add up what was found for several tensors, exactly, so that their order does not matter."""
-    every = list(meetings)
-    return Meeting(
-        entries=sum(one.entries for one in every),
-        both=sum(one.both for one in every),
-        opposed=sum(one.opposed for one in every),
-        product=math.fsum(one.product for one in every),
-        square_one=math.fsum(one.square_one for one in every),
-        square_other=math.fsum(one.square_other for one in every),
-        top_one=sum(one.top_one for one in every),
-        top_other=sum(one.top_other for one in every),
-        top_both=sum(one.top_both for one in every),
-        top_chance=math.fsum(one.top_chance for one in every),
-    )
+    return total(Meeting, meetings)
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,15 @@ class Verified:
 def verify(out: str | Path, *, threads: int | None = None, progress: Progress | None = None) -> Verified:
     """Compare every byte of a result with what its receipt says; name each tensor and file that differs.
 
+    >>> from portmanteau.merge import build, open
+    >>> receipt = build(open("examples/models/base"), "merged")
+    >>> verify("merged").damaged
+    ()
+    >>> Path("merged/config.json").write_text("{}")
+    2
+    >>> [one.what for one in verify("merged").damaged]
+    ['is damaged: its bytes are not those that were written']
+
     Raises OutputError where there is no receipt, or where that is damaged itself.
     """
     receipt = read(Path(out))

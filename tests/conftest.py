@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ LLAMA: dict[str, Any] = {
 }
 
 SaveLlama = Callable[..., Path]
+Write = Callable[[str], Path]
 WithoutLibrary = Callable[[], AbstractContextManager[None]]
 
 
@@ -56,6 +58,18 @@ def save_tensors(tmp_path: Path) -> Callable[[str, Mapping[str, Tensor]], Path]:
         return folder
 
     return save
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Give a function that writes a recipe beside the models that a test saves."""
+
+    def written(text: str) -> Path:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(dedent(text))
+        return path
+
+    return written
 
 
 @pytest.fixture

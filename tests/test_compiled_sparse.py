@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from portmanteau.merge.node import copy_of
 from portmanteau.merge.sparse import compiled_selection, selection
 from portmanteau.merge.sparse.entries import selected
 from tests.conftest import WithoutLibrary
+from tests.imports import heavy_imports
 
 MB = 1 << 20
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -167,14 +166,6 @@ def test_a_sparse_fine_tune_is_extracted_without_torch(tmp_path: Path, save_tens
     save_tensors("base", {"w": torch.zeros(9, dtype=torch.bfloat16)})
     save_tensors("tuned", {"w": torch.arange(9, dtype=torch.bfloat16)})
     (tmp_path / "recipe.yaml").write_text("merge: {extract_sparse: {base: base, tuned: tuned, count: 2}}")
-    code = (
-        "import sys; sys.argv = ['portmanteau', 'build', 'recipe.yaml', 'out']\n"
-        "from portmanteau.cli import main\n"
-        "try: main()\n"
-        "except SystemExit as end: assert not end.code\n"
-        "print({'torch', 'transformers'}.intersection(sys.modules))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "set()"
+    assert heavy_imports("build", "recipe.yaml", "out", cwd=tmp_path) == []
     found = merge.open_sparse(tmp_path / "out").stored
     assert (found.read("w:indices").tolist(), found.read("w:values").tolist()) == ([7, 8], [7.0, 8.0])

@@ -15,7 +15,8 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+from tests.example_scripts import EXAMPLES, imported, run_quickly
+
 RUNS = ("grid-0.0001-32/seed-0", "grid-0.0001-32/seed-1", "grid-0.001-32/seed-0", "grid-0.001-32/seed-1")
 Snapshot = dict[str, NDArray[Any]]
 
@@ -23,24 +24,13 @@ Snapshot = dict[str, NDArray[Any]]
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run the script once, in its quick form: 64 examples, 4 epochs of 2 steps, 2 learning rates, 2 seeds."""
-    folder = tmp_path_factory.mktemp("average_snapshots")
-    script = [sys.executable, str(EXAMPLES / "average_snapshots.py"), "--quick"]
-    done = subprocess.run(
-        [*script, "--runs", str(folder / "runs"), "--out", str(folder / "results.json")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    (folder / "tables.md").write_text(done.stdout, encoding="utf-8")
-    return folder
+    return run_quickly("average_snapshots", tmp_path_factory.mktemp("average_snapshots"))
 
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """Import the script."""
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    return pytest.importorskip("average_snapshots", exc_type=ModuleNotFoundError)
+    return imported("average_snapshots", monkeypatch)
 
 
 def results(folder: Path) -> Any:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,7 +12,8 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+from tests.example_scripts import EXAMPLES, imported, run_quickly
+
 SPARSE = ("LT-SFT", "random masks", "largest changes of dense")
 DENSE = ("dense", "dense, slower")
 NAMES = ("task", "language")
@@ -25,24 +24,13 @@ Tensors = dict[str, NDArray[Any]]
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run the script once, in its quick form: one seed, two steps a phase, 20 pairs of goods to ask about."""
-    folder = tmp_path_factory.mktemp("compose_sparse")
-    script = [sys.executable, str(EXAMPLES / "compose_sparse.py"), "--quick"]
-    done = subprocess.run(
-        [*script, "--runs", str(folder / "runs"), "--out", str(folder / "results.json")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    (folder / "tables.md").write_text(done.stdout, encoding="utf-8")
-    return folder
+    return run_quickly("compose_sparse", tmp_path_factory.mktemp("compose_sparse"))
 
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """Import the script."""
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    return pytest.importorskip("compose_sparse", exc_type=ModuleNotFoundError)
+    return imported("compose_sparse", monkeypatch)
 
 
 def results(folder: Path) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import json
 import os
 import signal
@@ -132,15 +131,6 @@ def test_the_table_of_tries_is_printed(tmp_path: Path, save_tensors: Save, metri
     ]  # fmt: skip
     assert "with nine: 1.5, left out" in done.stderr
     assert "1 of 3 models, metric 1" in done.stderr
-
-
-def test_the_example_in_the_docstring_runs(tmp_path: Path, save_tensors: Save) -> None:
-    folders = {
-        name: save_tensors(name, {"weight": torch.tensor([value])})
-        for name, value in (("four", 4.0), ("none", 0.0), ("nine", 9.0))
-    }
-    module = sys.modules["portmanteau.compositions.greedy_soup"]
-    assert doctest.testmod(module, extraglobs={**folders, "out": tmp_path / "out"}) == (0, 3)
 
 
 def test_candidates_are_whole_models(tmp_path: Path, save_llama: SaveLlama) -> None:

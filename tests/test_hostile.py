@@ -26,10 +26,11 @@ from torch import Tensor
 
 from portmanteau import merge
 from portmanteau.cli import main
-from portmanteau.compositions import compose, load
-from portmanteau.merge import model_card
+from portmanteau.compositions import compose, extract_lora, load
+from portmanteau.merge import describe, model_card
+from portmanteau.merge.adapters.folder import CONFIG
 from portmanteau.merge.adapters.module_pattern import ModulePatterns
-from portmanteau.merge.companions import vocabulary
+from portmanteau.merge.companions import Companions, vocabulary
 from portmanteau.merge.errors import Mistake
 from portmanteau.merge.names import align, layers_up_to
 
@@ -328,6 +329,17 @@ def test_companions_that_are_not_what_they_should_be_are_refused(
     folder = save_tensors("m", {"x": torch.ones(1)})
     (folder / name).write_text(text)
     assert found in refusal(lambda: vocabulary(merge.open(folder).companions))
+
+
+@pytest.mark.parametrize("named", [[5], [None, ["x"]], "LlamaForCausalLM", 7, {"a": 1}, []])
+def test_a_config_may_name_what_it_likes_as_its_architecture(named: object) -> None:
+    weights = {"model.embed_tokens.weight": torch.zeros(4, 2), "model.layers.0.mlp.up_proj.weight": torch.ones(2, 2)}
+    beside = Companions({"architectures": named})
+    base, tuned = (merge.InMemory(x, {n: t + i for n, t in weights.items()}, beside) for i, x in enumerate("bt"))
+    assert describe.checkpoint(base)["vocabulary"]["head"] == "none"
+    made = extract_lora(base=base, tuned=tuned, rank=1)
+    config = json.loads(made.settle({"model.embed_tokens.weight": {"change": 0.0}}).companions.texts[CONFIG])
+    assert config["task_type"] is None
 
 
 @pytest.mark.parametrize(

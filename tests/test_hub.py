@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,8 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
+
+from tests.local_hub import Answers, serving, surroundings
 
 MAIN, OLD = "a" * 40, "b" * 40  # commits
 Files = Mapping[str, bytes]
@@ -135,17 +134,8 @@ class Hub:
 
     def run(self, command: list[str], *, status: int = 0, **environment: str) -> str:
         """Run a command against this Hub; give its stdout, or the stderr of one that is to fail."""
-        kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()}
-        settings = {
-            "HF_ENDPOINT": self.endpoint,
-            "HF_HOME": str(self.home),
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        }
-        done = subprocess.run(
-            command, env={**kept, **settings, **environment}, capture_output=True, text=True, timeout=60, check=False
-        )
+        around = {**surroundings(self.endpoint, self.home), **environment}
+        done = subprocess.run(command, env=around, capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == status, done.stderr
         return done.stderr if status else done.stdout
 
@@ -187,21 +177,12 @@ print(json.dumps(about | {"tensors": len(found.tensors), "head": sorted(found.he
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[Hub]:
     """A Hub on 127.0.0.1, with an empty cache."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    found = Hub(f"http://127.0.0.1:{server.server_address[1]}", tmp_path / "hf")
-    server.hub = found  # type: ignore[attr-defined]
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    yield found
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(Handler, lambda address: Hub(address, tmp_path / "hf")) as found:
+        yield found
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(Answers):
     """The part of the Hub's protocol that a download needs."""
-
-    protocol_version = "HTTP/1.1"
 
     def do_HEAD(self) -> None:
         self._answer()
@@ -209,44 +190,33 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer()
 
-    def log_message(self, format: str, *args: object) -> None:
-        """Keep silent."""
-
     def _answer(self) -> None:
         path = self.path.partition("?")[0]
         self.server.hub.requests.append(f"{self.command} {path}")  # type: ignore[attr-defined]
         parts = path.removeprefix("/api/models").strip("/").split("/")
         versions = REPOSITORIES.get("/".join(parts[:2]))
         if versions is None:
-            return self._send(404, b"{}", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
+            return self.send(404, b"{}", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
         commit = REFERENCES.get(parts[3], parts[3]) if len(parts) > 3 else MAIN
         files = versions.get(commit)
         if files is None:
-            return self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "Invalid rev id"})
+            return self.send(404, b"{}", {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "Invalid rev id"})
         if path.startswith("/api/models/"):
             listing = [{"type": "file", "path": n, "size": len(b), "oid": _oid(b)} for n, b in files.items()]
             info = {"id": "/".join(parts[:2]), "sha": commit, "siblings": [{"rfilename": n} for n in files]}
             is_tree = len(parts) > 2 and parts[2] == "tree"
-            return self._send(200, json.dumps(listing if is_tree else info).encode(), {})
+            return self.send(200, json.dumps(listing if is_tree else info).encode(), {})
         content = files.get("/".join(parts[4:]))
         if content is None:
-            return self._send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
+            return self.send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
         about = {"ETag": f'"{_oid(content)}"', "X-Repo-Commit": commit}
         asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         if asked is None or "org/no-ranges" in path:
-            return self._send(200, content, about)
+            return self.send(200, content, about)
         part = content[int(asked[1]) : int(asked[2]) + 1]
         self.server.hub.ranges.append(f"{path.rpartition('/')[2]} {asked[0]}")  # type: ignore[attr-defined]
         about["Content-Range"] = f"bytes {asked[1]}-{int(asked[1]) + len(part) - 1}/{len(content)}"
-        return self._send(206, part, about)
-
-    def _send(self, status: int, content: bytes, headers: Mapping[str, str]) -> None:
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(content))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
+        return self.send(206, part, about)
 
 
 def _oid(content: bytes) -> str:

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from portmanteau import compositions, merge
+from portmanteau.compositions import tensorwise
 from portmanteau.merge.compiled import library
 from portmanteau.merge.limits import Limits
 from tests.conftest import SaveLlama
@@ -548,3 +549,10 @@ def test_a_module_that_one_adapter_lacks_is_counted_as_zero_and_said(base: Path,
     assert note.startswith(f"{one}: lacks ")
     assert name in note
     assert alone.notes == ()
+
+
+def test_what_is_known_of_the_base_is_known_of_the_folded_model() -> None:
+    folder = Path(__file__).parents[1] / "examples"
+    base = tensorwise("copy", models={"base": merge.open(folder / "models" / "base")}).noted(("of the base",))
+    folded = compositions.lora(base=base, adapters=[merge.open_adapter(folder / "adapters" / "task")])
+    assert folded.notes == ("of the base",)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import importlib
 import itertools
 import math
@@ -136,30 +135,6 @@ def test_an_operator_says_formula_shapes_and_source(operator: Operator) -> None:
     assert operator.source
     assert operator.laws <= LAWS.keys()
     assert all(setting.description for setting in operator.settings.values())
-
-
-ELSEWHERE = {"portmanteau.compositions.greedy_soup"}  # its example needs models: tests/test_greedy_soup.py runs it
-
-
-def _modules() -> list[str]:
-    found: list[str] = []
-    for layer in ("merge", "compositions"):
-        package = importlib.import_module(f"portmanteau.{layer}")
-        found += [package.__name__, *(m.name for m in pkgutil.walk_packages(package.__path__, f"{package.__name__}."))]
-    return [name for name in found if name not in ELSEWHERE]
-
-
-@pytest.mark.parametrize("name", _modules())
-def test_the_examples_in_docstrings_hold(name: str) -> None:
-    module = importlib.import_module(name)
-    failed, _ = doctest.testmod(module)
-    assert failed == 0
-
-
-@every
-def test_an_operator_has_an_example_that_ran(operator: Operator) -> None:
-    examples = doctest.DocTestFinder().find(operator.apply, operator.name)
-    assert sum(len(example.examples) for example in examples) >= 2
 
 
 # the laws that all obey

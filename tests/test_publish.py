@@ -5,14 +5,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +22,7 @@ from torch import Tensor
 
 from portmanteau import compositions, merge
 from portmanteau.merge import receipt
+from tests.local_hub import Answers, serving, surroundings
 
 Save = Callable[[str, Mapping[str, Tensor]], Path]
 COMMIT = "c" * 40
@@ -58,18 +56,9 @@ class Hub:
 
     def run(self, *words: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run the command line in a process of its own, as a user would, with a token."""
-        kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()}
-        settings = {
-            "HF_ENDPOINT": self.endpoint,
-            "HF_HOME": str(self.home),
-            "HF_TOKEN": "hf_good",
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        }
         return subprocess.run(
             [sys.executable, *WARNINGS, "-c", PROGRAM, *map(str, words)],
-            env={**kept, **settings, **environment},
+            env={**surroundings(self.endpoint, self.home), "HF_TOKEN": "hf_good", **environment},
             capture_output=True,
             text=True,
             timeout=120,
@@ -78,10 +67,8 @@ class Hub:
         )
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(Answers):
     """The part of the Hub's protocol that an upload needs."""
-
-    protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
         self._answer(b"")
@@ -91,9 +78,6 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_PUT(self) -> None:
         self._answer(self.rfile.read(int(self.headers["Content-Length"])))
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Keep silent."""
 
     def _answer(self, content: bytes) -> None:
         hub: Hub = self.server.hub  # type: ignore[attr-defined]
@@ -159,26 +143,14 @@ class Handler(BaseHTTPRequestHandler):
         self._send(200, {"commitUrl": f"{hub.endpoint}/{name}/commit/{COMMIT}", "commitOid": COMMIT, "success": True})
 
     def _send(self, status: int, value: object, headers: Mapping[str, str] | None = None) -> None:
-        content = json.dumps(value).encode()
-        self.send_response(status)
-        for name, text in {**(headers or {}), "Content-Length": str(len(content))}.items():
-            self.send_header(name, text)
-        self.end_headers()
-        self.wfile.write(content)
+        self.send(status, json.dumps(value).encode(), headers or {})
 
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[Hub]:
     """A Hub on 127.0.0.1."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    found = Hub(tmp_path / "hf", f"http://127.0.0.1:{server.server_address[1]}")
-    server.hub = found  # type: ignore[attr-defined]
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    yield found
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(Handler, lambda address: Hub(tmp_path / "hf", address)) as found:
+        yield found
 
 
 @pytest.fixture

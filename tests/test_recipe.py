@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from textwrap import dedent
 
 import pytest
 import torch
@@ -13,26 +12,14 @@ from torch import Tensor
 
 from portmanteau import merge
 from portmanteau.compositions import compose, load
+from tests.conftest import Write
 
 Save = Callable[[str, Mapping[str, Tensor]], Path]
-Write = Callable[[str], Path]
-
-
-@pytest.fixture
-def write(tmp_path: Path) -> Write:
-    """Give a function that writes a recipe beside the models a (ones), b (threes) and base (zeros) of four layers."""
-
-    def written(text: str) -> Path:
-        path = tmp_path / "recipe.yaml"
-        path.write_text(dedent(text))
-        return path
-
-    return written
 
 
 @pytest.fixture(autouse=True)
 def models(save_tensors: Save) -> None:
-    """Save the models that the recipes name."""
+    """Save a (ones), b (threes) and base (zeros), of four layers, which the recipes name."""
     for name, value in (("a", 1.0), ("b", 3.0), ("base", 0.0)):
         tensors = {f"model.layers.{i}.mlp.up_proj.weight": torch.full((2, 2), value) for i in range(4)}
         tensors |= {f"model.layers.{i}.input_norm.weight": torch.full((2,), value) for i in range(4)}

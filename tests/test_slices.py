@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from textwrap import dedent
 from typing import Any
 
 import pytest
@@ -15,21 +14,9 @@ from torch import Tensor
 
 from portmanteau import compositions, merge
 from portmanteau.compositions import Slice, compose, load
+from tests.conftest import Write
 
 Save = Callable[[str, Mapping[str, Tensor]], Path]
-Write = Callable[[str], Path]
-
-
-@pytest.fixture
-def write(tmp_path: Path) -> Write:
-    """Give a function that writes a recipe beside the models a, b and base."""
-
-    def written(text: str) -> Path:
-        path = tmp_path / "recipe.yaml"
-        path.write_text(dedent(text))
-        return path
-
-    return written
 
 
 @pytest.fixture(autouse=True)

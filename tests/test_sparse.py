@@ -542,3 +542,26 @@ def test_what_a_survey_must_settle_is_no_model(pair: tuple[Path, Path], tmp_path
     (tmp_path / "r.yaml").write_text(dedent(text), encoding="utf-8")
     with pytest.raises(RecipeError, match=r"r\.yaml:2: extract_sparse makes no model"):
         compositions.compose(compositions.load(tmp_path / "r.yaml"))
+
+
+def test_what_is_known_of_the_models_is_known_of_what_is_made_of_them() -> None:
+    def noted(name: str, value: float, note: str) -> merge.Composed:
+        model = merge.InMemory(name, {"weight": torch.tensor([value])})
+        return compositions.tensorwise("copy", models={name: model}).noted((note,))
+
+    base, tuned = noted("base", 1.0, "of the base"), noted("tuned", 3.0, "of the model")
+    diff = sparse_file.in_memory("diff", {"weight": (torch.tensor([0]), torch.tensor([2.0]))}, {"weight": (1,)})
+    added = compositions.sparse_fine_tune(base=base, diffs=[diff])
+    reverted = compositions.revert_sparse(tuned=tuned, base=base, diffs=[diff])
+    assert added.notes[0] == "of the base"
+    assert reverted.notes[:2] == ("of the model", "of the base")
+
+
+def test_what_is_taken_out_is_found_where_model_and_base_spell_names_otherwise() -> None:
+    names = [f"layers.{i}.w" for i in range(3)]
+    base = merge.InMemory("base", {name: torch.tensor([1.0, 1.0]) for name in names})
+    tuned = merge.InMemory("tuned", {f"model.{name}": torch.tensor([3.0, 5.0]) for name in names})
+    diff = sparse_file.in_memory("diff", {names[1]: (torch.tensor([1]), torch.tensor([4.0]))}, {names[1]: (2,)})
+    reverted = compositions.revert_sparse(tuned=tuned, base=base, diffs=[diff])
+    assert [reverted[name].tolist() for name in tuned] == [[3.0, 5.0], [3.0, 1.0], [3.0, 5.0]]
+    assert "base: 3 tensors renamed to those of tuned: prefix 'model.' added" in reverted.notes

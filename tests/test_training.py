@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import doctest
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -201,10 +199,6 @@ def test_examples_take_turns_by_steps_and_every_pass_has_each_once() -> None:
     assert [tuple(again[i]["input_ids"].tolist()) for i in range(len(again))] == rows
     other = interleaved(9, 4, Turns((("task", 2), ("language", 1))), seed=1)
     assert [tuple(other[i]["input_ids"].tolist()) for i in range(len(other))] != rows
-
-
-def test_the_example_of_turns_runs() -> None:
-    assert doctest.testmod(sys.modules["portmanteau.compositions.training.partition_turns"]) == (0, 2)
 
 
 @pytest.mark.parametrize("order", [(("task", 1),), (("task", 1), ("language", 0)), (("task", 1), ("langauge", 1))])

@@ -106,6 +106,10 @@ class Recipe:
 def load(path: str | Path, *, text: str | None = None) -> Recipe:
     """Read a recipe. Raises RecipeError with every mistake that its text, and the places it names, show.
 
+    >>> recipe = load("examples/ties.yaml")
+    >>> recipe.merge.name, list(recipe.models)
+    ('ties', ['base', 'task', 'language'])
+
     `text`: what stood in the file, for one that need not be there any more.
     """
     return recipe_of(read(Path(path), text))

@@ -30,11 +30,8 @@ def page(command_line: Any) -> str:
     every = [entry(one["name"]) for one in overview()]
     kinds = {"Compositions": "composition", "Operators": "operator"}
     of_kind = {title: [one for one in every if one["kind"] == kind] for title, kind in kinds.items()}
-    parts = [
-        "# Reference",
-        "Made by `portmanteau show --markdown` from the declarations in the code; not edited by hand.",
-    ]
-    parts += [_contents(of_kind), "## Recipes", _table(("key", "meaning"), [(f"`{k}`", v) for k, v in _RECIPE.items()])]
+    parts = ["# Reference", _MADE, _contents(of_kind)]
+    parts += ["## Recipes", _table(("key", "meaning"), [(f"`{k}`", v) for k, v in _RECIPE.items()])]
     parts += ["### output", _settings(_output())]
     parts += ["## Compositions", *(part for one in of_kind["Compositions"] for part in _entry(one))]
     parts += ["## Operators", _OF_OPERATORS, *(part for one in of_kind["Operators"] for part in _entry(one))]

@@ -41,6 +41,13 @@ def changes(
 ) -> Changes:
     """Measure how much every tensor of an expert changed from its base: reads both, part by part.
 
+    >>> import torch
+    >>> from portmanteau.merge import InMemory
+    >>> base = InMemory("base", {"weight": torch.tensor([3.0, 4.0, 0.0])})
+    >>> tuned = InMemory("tuned", {"weight": torch.tensor([3.0, 4.0, 0.5])})
+    >>> changes(tuned, base).whole.relative_norm  # ‖Δ‖ / ‖base‖ = 0.5 / 5
+    0.1
+
     Args:
         expert: a fine-tune of the base.
         base: what it was trained from; its names are the ones used.
@@ -63,6 +70,13 @@ def compare(
     progress: Progress | None = None,
 ) -> Comparison:
     """Measure how experts changed from one base, and for every pair of them where their task vectors meet.
+
+    >>> import torch
+    >>> from portmanteau.merge import InMemory
+    >>> values = {"base": [1.0, 1.0], "math": [4.0, 5.0], "swahili": [1.0, 3.0]}
+    >>> base, *experts = (InMemory(name, {"weight": torch.tensor(value)}) for name, value in values.items())
+    >>> compare(experts, base).pairs[0].whole.cosine  # of (3, 4) and (0, 2)
+    0.8
 
     Args:
         experts: fine-tunes of the base.

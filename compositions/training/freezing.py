@@ -74,6 +74,11 @@ def freeze_layers(model: Network, partition: Partition, *, train: Literal["outer
     `layer_swap: {bottom: 5, top: 2, transition: 0}` takes from the language expert, `train="middle"` what it takes from
     the task expert. Gives the names of the parameters that are now still and were not.
 
+    >>> from torch.nn import Linear, ModuleDict, ModuleList
+    >>> model = ModuleDict({"layers": ModuleList(ModuleDict({"mlp": Linear(1, 1, bias=False)}) for _ in range(4))})
+    >>> freeze_layers(model, Partition(bottom=1, top=1), train="outer")
+    ('layers.1.mlp.weight', 'layers.2.mlp.weight')
+
     Raises MergeError where the layers cannot be found, are too few, or nothing would be trained.
     """
     parts = partition.of(model)
@@ -90,6 +95,16 @@ def freeze_head(model: Network, checkpoint: Checkpoint, *, head: str = TASK_HEAD
 
     Run averaging of arXiv 2305.16834: every run begins at the pretrained body and trains it alone. The head's tensors
     are those whose names fit the pattern, as `average` requires them to be equal. Gives their names.
+
+    >>> import torch
+    >>> from portmanteau.merge import InMemory
+    >>> parts = ("body", "classifier")
+    >>> first_run = InMemory("first run", {f"{name}.weight": torch.tensor([[2.0]]) for name in parts})
+    >>> model = torch.nn.ModuleDict({name: torch.nn.Linear(1, 1, bias=False) for name in parts})
+    >>> freeze_head(model, first_run)
+    ('classifier.weight',)
+    >>> model["classifier"].weight.item(), [model[name].weight.requires_grad for name in parts]
+    (2.0, [True, False])
 
     Raises MergeError, the model untouched, for a head whose names or shapes are not the model's.
     """

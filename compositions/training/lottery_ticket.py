@@ -49,6 +49,22 @@ def fine_tune(
 
     All trainers are made before training begins, so that what is wrong with them is found then.
 
+    >>> from portmanteau import merge
+    >>> from transformers import PrinterCallback, Trainer, TrainingArguments
+    >>> rows = [{"input_ids": [1, 5, 6, 7], "labels": [1, 5, 6, 7]}] * 8
+    >>> def make_trainer(model, phase):
+    ...     settings = TrainingArguments(phase, max_steps=2, save_strategy="no", report_to="none", disable_tqdm=True)
+    ...     trainer = Trainer(model, settings, train_dataset=rows)
+    ...     trainer.remove_callback(PrinterCallback)  # which would print the losses here
+    ...     return trainer
+    >>> base = merge.open("examples/models/base")
+    >>> tuned = fine_tune(base.to_model(), make_trainer, count=100, freeze=["*norm*", "lm_head.*"], base=base)
+    >>> tuned.count
+    100
+    >>> tuned.save("task-sparse", base)
+    >>> merge.open_sparse("task-sparse").count  # what sparse_fine_tune adds to the base
+    100
+
     Args:
         model: where training starts. A language's sparse fine-tuning is applied beforehand, if there is one.
         make_trainer: gives a stock Trainer of this model for a phase: at each call a new one, with an optimizer of its

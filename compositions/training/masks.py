@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from portmanteau.merge import MergeError
-from portmanteau.merge.errors import Mistake, nearest, some
+from portmanteau.merge.errors import Mistake, nearest
 from portmanteau.merge.kernels import largest, select_largest
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def _mistakes(parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor
     for name, mask in masks.items():
         parameter = parameters.get(name)
         if parameter is None:
-            yield Mistake(name, "is no parameter of the model", nearest(name, some(parameters).split(", ")))
+            yield Mistake(name, "is no parameter of the model", nearest(name, parameters))
         elif parameter.shape != mask.shape:
             yield Mistake(name, f"has the shape {list(parameter.shape)}, its mask {list(mask.shape)}")
         elif not parameter.requires_grad:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from portmanteau.merge import MergeError
 from portmanteau.merge.errors import Mistake
 
+from ..random_order import random_order
 from .freezing import Part, Partition
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Source = Literal["task", "language"]
 _TRAINS: Mapping[Source, Part] = {"task": "middle", "language": "outer"}
+_order = lru_cache(maxsize=4)(random_order)  # asked for every example of a pass
 
 
 @dataclass(frozen=True)
@@ -91,14 +92,6 @@ class Interleaved:
         return found[_order(f"{self.seed} {name} {again}", len(found))[which]]
 
 
-@lru_cache(maxsize=4)
-def _order(seed: str, count: int) -> list[int]:
-    """Give a random order: of Random, only what `random` gives is the same in every version of Python."""
-    dice = random.Random(seed)
-    draws = [dice.random() for _ in range(count)]
-    return sorted(range(count), key=draws.__getitem__)
-
-
 def partition_turns(model: Network, partition: Partition, *, turns: Turns | None = None) -> TrainerCallback:
     """Make the callback by which each optimizer step trains one part only (arXiv 2505.18356, simultaneous partition).
 
@@ -108,6 +101,16 @@ def partition_turns(model: Network, partition: Partition, *, turns: Turns | None
 
     The batches must take the same turns, by optimizer steps: `Interleaved` gives them to a stock Trainer. For one
     process; DistributedDataParallel settles once what has gradients.
+
+    >>> from torch.nn import Linear, ModuleDict, ModuleList
+    >>> from transformers import TrainerControl, TrainerState
+    >>> model = ModuleDict({"layers": ModuleList(ModuleDict({"mlp": Linear(1, 1, bias=False)}) for _ in range(4))})
+    >>> callback = partition_turns(model, Partition(bottom=1, top=1))
+    >>> for step in range(2):  # as a Trainer tells it: one of the task, one of the language
+    ...     callback.on_step_begin(None, TrainerState(global_step=step), TrainerControl())
+    ...     print([name for name, parameter in model.named_parameters() if parameter.requires_grad])
+    ['layers.1.mlp.weight', 'layers.2.mlp.weight']
+    ['layers.0.mlp.weight', 'layers.3.mlp.weight']
 
     Raises MergeError, here for layers that cannot be found, and as the training begins for arguments that would mix up
     the turns.

@@ -22,6 +22,17 @@ def weight_snapshots(
     `trainer_state.json`; `average: {models: FOLDER/checkpoint-*}` reads them in the order of their steps. It appears by
     one rename when it is whole. The loss is logged at every snapshot, so that its `trainer_state.json` has it.
 
+    >>> from portmanteau import merge
+    >>> from transformers import PrinterCallback, Trainer, TrainingArguments
+    >>> model, row = merge.open("examples/models/base").to_model(), [1, 5, 6, 7]
+    >>> settings = TrainingArguments("trainer", max_steps=4, save_strategy="no", report_to="none", disable_tqdm=True)
+    >>> rows = [{"input_ids": row, "labels": row}] * 8
+    >>> trainer = Trainer(model, settings, train_dataset=rows, callbacks=[weight_snapshots("run", every_steps=2)])
+    >>> trainer.remove_callback(PrinterCallback)  # which would print the losses here
+    >>> output = trainer.train()
+    >>> sorted(path.name for path in Path("run").iterdir())
+    ['checkpoint-2', 'checkpoint-4']
+
     Args:
         folder: where snapshots go; not the Trainer's own `output_dir`, whose checkpoints have the same names.
         every_steps: save after every so many steps.

@@ -41,6 +41,15 @@ def with_vocabulary(
     those that have it, else zeros. Rows beyond the tokens are kept where all models have them; those that no model has
     are the mean of the model's rows. A model whose rows stay where they are keeps their bytes.
 
+    >>> from portmanteau import merge
+    >>> base = merge.open("examples/models/base")
+    >>> (wider,) = with_vocabulary([base], tokens={"<swahili>": TokenRule(RowOf(base, "<s>"))})
+    >>> table = "model.embed_tokens.weight"
+    >>> [one.specs[table].shape for one in (base, wider)]
+    [(49, 64), (50, 64)]
+    >>> bool((wider[table][49] == base[table][1]).all())  # <s> has the id 1
+    True
+
     Args:
         models: the models.
         source: whose tokenizer it is to be, or the union of all: the first model's (the base's, if there is one), and
@@ -271,7 +280,7 @@ class Shared:
         if not nodes:
             return dressed
         every = {name: nodes[name] if name in nodes else dressed.node(name) for name in dressed.specs}
-        return Composed(dressed.label, every, dressed.companions, getattr(dressed, "notes", ()))
+        return Composed(dressed.label, every, dressed.companions, dressed.notes)
 
     def _table(self, number: int, table: Table) -> Node | None:
         """Give a table with the vocabulary's rows; None where it stays as it is."""

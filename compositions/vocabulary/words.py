@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,8 +107,6 @@ def definition(companions: Companions) -> dict[str, Any] | None:
 
 def _converted(folder: Path) -> dict[str, Any]:
     """Let transformers convert a tokenizer."""
-    import json
-
     from transformers import AutoTokenizer
 
     try:

@@ -97,6 +97,13 @@ def open_adapter(
 
     With `weights=False` only the header of what is on the Hub is fetched.
 
+    >>> adapter = open_adapter("examples/adapters/task")
+    >>> len(adapter.modules)
+    56
+    >>> module = adapter.modules["model.layers.0.mlp.up_proj"]
+    >>> module.rank, module.scaling, adapter.stored.specs[module.a].shape
+    (4, 1.0, (4, 64))
+
     Raises CheckpointError, with every mistake found, where there is none or where its arithmetic is not known here.
     """
     found = locate(reference, revision, hub.ADAPTER, "peft's save_pretrained", weights=weights)

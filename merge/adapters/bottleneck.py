@@ -83,6 +83,10 @@ def open_bottleneck(
 
     With `weights=False` only the header of what is on the Hub is fetched, where its file has one.
 
+    >>> swahili = open_bottleneck("examples/adapters/bert-swahili")
+    >>> swahili.name, swahili.is_invertible, swahili.architecture["reduction_factor"], swahili.model["hidden_size"]
+    ('swahili', True, 2, 16)
+
     Raises CheckpointError, with every mistake found, where there is none, or where config and weights do not agree.
     """
     found = locate(reference, revision, hub.BOTTLENECK, "save_adapter of the library adapters", _HEAD, weights=weights)

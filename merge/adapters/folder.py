@@ -56,16 +56,11 @@ def locate(
     Raises CheckpointError where there is no folder, or none with an adapter's config.
 
     """
-    path, text, repository = places.user_path(reference), str(reference), None
-    missing: Mapping[str, RemoteFile] = {}
-    kind = places.kind(path)
-    if kind == "nothing" and hub.is_on_hub(text, revision) and not (isinstance(reference, Path) and path.is_absolute()):
-        repository, _, tag = text.partition("@")
-        fetch = hub.download if weights else hub.glance
-        found = fetch(repository, revision or tag or None, kinds, also)
-        path, missing = (found.folder, found.missing) if isinstance(found, hub.Glance) else (found, {})
-        revision = path.name
-        kind = "folder"
+    path, text = places.user_path(reference), str(reference)
+    kind, found = places.kind(path), None
+    if kind == "nothing" and hub.is_on_hub(text, revision):
+        found = hub.fetched(text, revision, kinds, also, weights=weights)
+        path, revision, kind = found.folder, found.folder.name, "folder"
     if kind != "folder":
         known = places.neighbours(path)
         hint = "name the folder that holds it" if kind == "file" else nearest(path.name, known) if known else ""
@@ -73,4 +68,4 @@ def locate(
     if not (path / CONFIG).is_file():
         raise CheckpointError(str(path), f"holds no {CONFIG}", f"an adapter folder is what {written_by} writes")
     places.refuse_link(path / CONFIG, path)
-    return AdapterFolder(path, revision, repository, missing)
+    return AdapterFolder(path, revision, found.repository, found.missing) if found else AdapterFolder(path, revision)

@@ -54,7 +54,6 @@ class LowRank:
 
     def run(self, span: slice, read: Read, prepared: tuple[Tensor, Tensor, Tensor | None]) -> Tensor:
         """Make a flat run of entries, block of rows by block of rows."""
-
         rows, width = self.spec.shape
         values = prepared[0].new_empty(span.stop - span.start, dtype=torch_dtype(self.spec.dtype))
         step = max(1, GRID // width)

@@ -3,35 +3,26 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint import Checkpoint
 from ..companions import INPUT_EMBEDDINGS, vocabulary
 from ..files.json_file import TABLE_BYTES, read_json
-from ..names import Stack, matches
+from ..names import matches
 from ..origins import HEAD, outside_part
 from ..receipt import RECEIPT
 from ..stored import StoredCheckpoint
 from ..tensor_spec import TensorSpec
 from .bottleneck import runs
-from .tensors import OUTSIDE, described, group
+from .tensors import OUTSIDE, described, of_stack
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
-_GENERATES = "*ForCausalLM|*LMHead*|*ForMaskedLM|*ForConditionalGeneration"
 
 
 def checkpoint(opened: Checkpoint, *, tensors: bool = False) -> dict[str, Any]:
     """Describe a checkpoint: sizes by stack of layers, and of what is outside them; every tensor if asked."""
-    groups: dict[Stack | None, list[TensorSpec]] = {}
-    for name, spec in opened.specs.items():
-        place = opened.layers.place(name)
-        groups.setdefault(place.stack if place else None, []).append(spec)
-    rows = [
-        group(stack.prefix if stack else OUTSIDE, str(stack.count) if stack else "", specs)
-        for stack, specs in groups.items()
-    ]
+    rows = [of_stack(stack, opened.specs, names) for stack, names in opened.layers.by_stack(opened.specs).items()]
     return {
         **described(opened.specs, rows, tensors=tensors),
         "modules": _modules(opened),
@@ -77,16 +68,15 @@ def _vocabulary(opened: Checkpoint) -> dict[str, Any] | None:
         "rows": count,
         "tokens": last,
         "padding": count - last if last is not None else None,
-        "head": _head(opened, opened.companions.config or {}),
+        "head": _head(opened),
     }
 
 
-def _head(opened: Checkpoint, config: Mapping[str, Any]) -> str:
+def _head(opened: Checkpoint) -> str:
     own = [name for name in opened.specs if not opened.layers.place(name) and outside_part(name) == HEAD]
     if own:
         return "of its own"
-    generates = any(matches(_GENERATES, name) for name in config.get("architectures") or ())
-    return "tied to the embedding" if generates and config.get("tie_word_embeddings") is not False else "none"
+    return "tied to the embedding" if opened.companions.ties_head else "none"
 
 
 def _receipt(folder: Path) -> dict[str, Any] | None:

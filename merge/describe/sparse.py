@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..files.places import user_path
-from ..names import Layers, Stack
+from ..names import Layers
 from ..sparse.file import DENSE, INDICES, PUBLISHED, VALUES, WEIGHTS, SparseFineTune, open_sparse
-from .tensors import OUTSIDE, described, group
+from .tensors import described, of_stack
 
 
 def is_sparse(reference: str | Path) -> bool:
@@ -38,13 +38,8 @@ def sparse_fine_tune(reference: str | Path, *, tensors: bool = False) -> dict[st
 def _groups(opened: SparseFineTune) -> list[dict[str, Any]]:
     """Sum up its tensors by the stack of layers in the base that they change."""
     layers = Layers([*opened.considered, *opened.dense])
-    found: dict[Stack | None, list[str]] = {}
-    for name in (*opened.shapes, *opened.dense):
-        place = layers.place(name)
-        found.setdefault(place.stack if place else None, []).append(name)
     groups = []
-    for stack, names in found.items():
+    for stack, names in layers.by_stack((*opened.shapes, *opened.dense)).items():
         own = [name + ending for name in names for ending in (INDICES, VALUES, DENSE)]
-        specs = [opened.stored.specs[name] for name in own if name in opened.stored.specs]
-        groups.append(group(stack.prefix if stack else OUTSIDE, str(stack.count) if stack else "", specs))
+        groups.append(of_stack(stack, opened.stored.specs, [name for name in own if name in opened.stored.specs]))
     return groups

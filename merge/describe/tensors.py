@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ..names import Stack
 from ..tensor_spec import TensorSpec
 
 OUTSIDE = "outside the layers"
@@ -24,6 +25,12 @@ def described(specs: Mapping[str, TensorSpec], groups: Sequence[Mapping[str, Any
             for name, spec in specs.items()
         ]
     return found
+
+
+def of_stack(stack: Stack | None, specs: Mapping[str, TensorSpec], names: Iterable[str]) -> dict[str, Any]:
+    """Describe some of a folder's tensors that lie in one stack of layers; None: outside the layers."""
+    where, layers = (stack.prefix, str(stack.count)) if stack else (OUTSIDE, "")
+    return group(where, layers, (specs[name] for name in names))
 
 
 def group(where: str, layers: str, specs: Iterable[TensorSpec]) -> dict[str, Any]:

@@ -65,8 +65,9 @@ def download(repository: str, revision: str | None = None, kinds: Kinds = MODEL,
 
 @dataclass(frozen=True)
 class Glance:
-    """A repository without its weights: the folder that holds the rest, and the headers of what is not there."""
+    """A repository as far as it is here: the folder that holds it, and the headers of weights that are not there."""
 
+    repository: str
     folder: Path
     missing: Mapping[str, RemoteFile]
 
@@ -81,7 +82,7 @@ def glance(repository: str, revision: str | None = None, kinds: Kinds = MODEL, a
     with _explained(repository, revision):
         found = _listed(repository, revision)
         if found is None or found.commit is None:  # the Hub cannot be asked: what is cached must do
-            return Glance(download(repository, revision, kinds, also), {})
+            return Glance(repository, download(repository, revision, kinds, also), {})
         commit = found.commit
         needed = _needed(repository, commit, found.names, kinds, also)
         absent = [
@@ -105,7 +106,21 @@ def glance(repository: str, revision: str | None = None, kinds: Kinds = MODEL, a
     mistakes = [mistake for one in made.values() if isinstance(one, CheckpointError) for mistake in one.mistakes]
     if mistakes:
         raise CheckpointError.of(mistakes)
-    return Glance(folder, {name: one for name, one in made.items() if isinstance(one, RemoteFile)})
+    return Glance(repository, folder, {name: one for name, one in made.items() if isinstance(one, RemoteFile)})
+
+
+def fetched(
+    reference: str, revision: str | None, kinds: Kinds = MODEL, also: tuple[str, ...] = (), *, weights: bool = True
+) -> Glance:
+    """Fetch the repository of a reference `ORG/NAME[@REVISION]`; with `weights=False` only the headers of its weights.
+
+    A revision that is given beside the reference wins. Raises CheckpointError as `download` does.
+    """
+    repository, _, tag = reference.partition("@")
+    commit = revision or tag or None
+    if weights:
+        return Glance(repository, download(repository, commit, kinds, also), {})
+    return glance(repository, commit, kinds, also)
 
 
 @contextmanager

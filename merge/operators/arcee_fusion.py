@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..kernels import largest, sum_rows
-from ..operator import WHOLE, Part, Parts, operator
+from ..operator import WHOLE, Part, Parts, operator, row_width
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +18,7 @@ def threshold(parts: Parts) -> float:
     """Find the median plus 1.5 times the distance of the quartiles of the importance in the whole tensor."""
     if not parts.entries:
         return 0.0
-    width = _width(parts.shape)
+    width = row_width(parts.shape)
     ranks = [parts.entries - int(quartile * (parts.entries - 1)) for quartile in _QUARTILES]
     cuts = largest(lambda: (importance(model[0], base, width).expand(3, -1) for model, base in parts), ranks)
     low, middle, high = (cut.value for cut in cuts if cut is not None)
@@ -32,10 +32,6 @@ def importance(model: Tensor, base: Tensor, width: int) -> Tensor:
     p, q = own.softmax(dim=1).add_(_EPSILON), other.softmax(dim=1).add_(_EPSILON)
     divergence = sum_rows(p * (p / q).log_()).clamp_(min=0.0)
     return (difference * divergence[:, None]).float().reshape(-1)
-
-
-def _width(shape: tuple[int, ...]) -> int:
-    return max(1, shape[-1] if shape else 1)
 
 
 @operator(
@@ -59,5 +55,5 @@ def arcee_fusion(models: Tensor, base: Tensor, *, part: Part = WHOLE) -> Tensor:
     """
     shape = tuple(base.shape) if part.shape is None else part.shape
     least = threshold(Parts.whole(models, base)) if part.measured is None else part.measured
-    taken = (importance(models[0], base, _width(shape)) >= least).view(base.shape)
+    taken = (importance(models[0], base, row_width(shape)) >= least).view(base.shape)
     return models[0].where(taken, base)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from ..kernels import keep_at_random
-from ..operator import WHOLE, Part, Parts, PerModel, each, operator
+from ..operator import WHOLE, Part, Parts, PerModel, each, operator, row_width
 from ..thinning import Divide, Elect, Rescale, Scale, Seed, Weight, add_up, cancelling, l1_factors
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def norm_factors(
     if rescale != "l1":
         return None
     densities, epsilons = each(density, parts.models), each(epsilon, parts.models)
-    drawn, width = streams or range(parts.models), _width(parts.shape)
+    drawn, width = streams or range(parts.models), row_width(parts.shape)
 
     def keep(values: Tensor, model: int, start: int) -> Tensor:
         share = keep_probability(values, width, densities[model], epsilons[model])
@@ -58,10 +58,6 @@ def keep_probability(values: Tensor, width: int, density: float, epsilon: float)
     order = rows.abs().sort(dim=1, stable=True).indices
     result = torch.empty(rows.shape, dtype=torch.float64, device=rows.device)
     return result.scatter_(1, order, shares.to(rows.device).expand(rows.shape)).reshape(-1)
-
-
-def _width(shape: tuple[int, ...]) -> int:
-    return max(1, shape[-1] if shape else 1)
 
 
 def outside(
@@ -116,9 +112,9 @@ def della(
         Parts.whole(deltas), density=density, epsilon=epsilon, rescale=rescale, seed=seed, streams=streams
     )
     kept = deltas.clone()
-    each_density, each_epsilon = each(density, len(kept)), each(epsilon, len(kept))
-    for i, delta in enumerate(kept):
-        share = keep_probability(delta.reshape(-1), _width(shape), each_density[i], each_epsilon[i]).view(delta.shape)
+    width, shares = row_width(shape), zip(each(density, len(kept)), each(epsilon, len(kept)), strict=True)
+    for i, (delta, own) in enumerate(zip(kept, shares, strict=True)):
+        share = keep_probability(delta.reshape(-1), width, *own).view(delta.shape)
         delta.masked_fill_(~keep_at_random(delta, share, seed, streams[i], part.start), 0.0)
         if rescale == "density":
             delta.div_(share)

@@ -33,6 +33,7 @@ from . import pytorch_diff
 
 WEIGHTS = "sparse_fine_tune.safetensors"
 PUBLISHED = pytorch_diff.WEIGHTS
+KINDS: hub.Kinds = ((WEIGHTS, ""), (PUBLISHED, ""))
 INDICES, VALUES, DENSE = ":indices", ":values", ":dense"
 _KIND = "sparse_fine_tune"
 _MOST_DIMENSIONS = 64
@@ -136,23 +137,19 @@ def open_sparse(
 
     With `weights=False` only the header of what is on the Hub is fetched, where its file has one.
 
+    >>> task = open_sparse("examples/models/task-sparse")
+    >>> task.count, len(task.shapes), task.details["maskable entries"]
+    (4962, 57, '330816')
+    >>> name = "model.layers.0.mlp.up_proj.weight"
+    >>> len(task.stored[f"{name}:indices"]) == len(task.stored[f"{name}:values"])
+    True
+
     Raises CheckpointError where there is none, or where the file contradicts itself.
     """
     path, text = places.user_path(reference), str(reference)
     label = label or text
-    kinds = ((WEIGHTS, ""), (PUBLISHED, ""))
-    if (
-        places.kind(path) == "nothing"
-        and hub.is_on_hub(text, revision)
-        and not (isinstance(reference, Path) and path.is_absolute())
-    ):
-        repository, _, tag = text.partition("@")
-        commit = revision or tag or None
-        found = (
-            hub.Glance(hub.download(repository, commit, kinds), {})
-            if weights
-            else hub.glance(repository, commit, kinds)
-        )
+    if places.kind(path) == "nothing" and hub.is_on_hub(text, revision):
+        found = hub.fetched(text, revision, KINDS, weights=weights)
         path = found.folder
         if WEIGHTS in found.missing:
             missing = StoredCheckpoint(label, [found.missing[WEIGHTS]], Companions())
@@ -160,7 +157,7 @@ def open_sparse(
     if places.kind(path) == "nothing":
         known = places.neighbours(path)
         raise CheckpointError(text, "no such folder", nearest(path.name, known) if known else "")
-    files = [path] if path.is_file() else [path / name for name, _ in kinds]
+    files = [path] if path.is_file() else [path / name for name, _ in KINDS]
     file = next((file for file in files if file.is_file()), None)
     if file is None:
         raise CheckpointError(str(path), f"holds no {WEIGHTS}", _FOLDER)
