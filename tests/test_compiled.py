@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from portmanteau.merge.compiled import library, making, measures
 from portmanteau.merge.dtypes import torch_dtype
 from portmanteau.merge.evaluate import Evaluation, Session
 from portmanteau.merge.kernels import one_thread
-from portmanteau.merge.node import Inputs, Step
+from portmanteau.merge.node import Inputs, Source, Step
 from portmanteau.merge.registry import find, operators
 from tests.conftest import WithoutLibrary
 from tests.imports import heavy_imports
@@ -149,6 +150,43 @@ def test_steps_inside_steps_are_made_in_fp32_and_cast_once() -> None:
     )
     assert compiled(outer, part=1 << 16) == by_torch(outer)
     assert compiled(outer, part=1 << 16, keep=0) == by_torch(outer)
+
+
+def test_steps_that_seek_boundaries_inside_such_steps_do_not_share_what_they_hold() -> None:
+    draw = random.Random(4)
+    memory = merge.InMemory("memory", {name: drawn(draw, 200001, "BF16") for name in "abcde"})
+    spec, settings = TensorSpec("tensor", "BF16", (200001,)), {n: s.default for n, s in find("ties").settings.items()}
+
+    def ties(density: float, *models: Source | Step) -> Step:
+        labels = tuple("stuv"[: len(models)])
+        return Step(spec, find("ties"), {**settings, "density": density}, Inputs(models, memory.node("a")), labels)
+
+    inner = ties(0.7, *map(memory.node, "bcde"))  # it holds more than the outer one
+    outer = ties(0.2, inner, memory.node("b"))
+    assert compiled(outer, part=1 << 16) == compiled(outer, part=1 << 16, keep=0) == by_torch(outer)
+
+
+@pytest.fixture(scope="module")
+def portable(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library as it is on machines of other kinds."""
+    source, built = Path(library.__file__).with_name("kernels.c"), tmp_path_factory.mktemp("portable") / "kernels"
+    flags = ("-O1", "-std=c11", "-ffp-contract=off", "-fPIC", "-shared", "-fvisibility=hidden", "-DPORTABLE")
+    subprocess.run([os.environ.get("CC", "cc"), *flags, "-o", built, source, "-lm"], check=True)
+    return built
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_machines_without_wide_vectors_make_the_same_bits(
+    name: str, portable: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    every = [a_step(name, seed) for seed in range(12)]
+    expected = [compiled(step) for step in every]
+    monkeypatch.setattr(library, "_FILE", portable)
+    library.library.cache_clear()
+    try:
+        assert [compiled(step) for step in every] == expected
+    finally:
+        library.library.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])

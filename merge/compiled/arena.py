@@ -32,11 +32,10 @@ class Arena:
         return memoryview(self._memory)[start : start + size], self._address + start
 
 
-def arena(size: int, use: str = "tensors") -> Arena:
-    """Give this thread's memory for a use, of at least this size. It holds what it was left with."""
-    found: Arena | None = getattr(_kept, use, None)
+def arena(size: int) -> Arena:
+    """Give this thread's memory, of at least this size."""
+    found: Arena | None = getattr(_kept, "arena", None)
     if found is None or found.size < size:
-        setattr(_kept, use, None)  # the smaller one goes first
-        found = Arena(size)
-        setattr(_kept, use, found)
+        _kept.arena = found = None  # the smaller one goes first
+        _kept.arena = found = Arena(size)
     return found.cleared()

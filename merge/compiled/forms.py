@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from ..inner_products import InnerProducts
 from ..kernels import Cut, random_key
 from .library import BLOCK, Merging, Thinning, functions
-from .measures import inner_products, l1_factors, largest
+from .measures import inner_products, l1_factors, largest, sifting_size
 from .runs import Run, Whole
 
 _ELECT = {"none": 0, "weighted": 1, "unweighted": 2}
@@ -31,6 +31,10 @@ class WeightedSum:
         """Tell whether an entry that is NaN or infinite in any of the tensors is so in the result."""
         return all(self.weights)  # what is added to it, or divides it, is finite, or makes it NaN
 
+    def scratch(self, entries: int) -> int:
+        """It needs none."""
+        return 0
+
     def measured(self, whole: Whole) -> WeightedSum:
         """Nothing need be known."""
         return self
@@ -49,6 +53,10 @@ class ByInnerProducts:
     weights: Callable[[InnerProducts], tuple[float, ...]]
     revisits = True
     spreads = False
+
+    def scratch(self, entries: int) -> int:
+        """It needs none."""
+        return 0
 
     def measured(self, whole: Whole) -> WeightedSum:
         """Measure the inner products."""
@@ -102,6 +110,10 @@ class ThinnedSum:
         """Tell whether it measures the tensors, and so goes through them more than once."""
         return any(one.kept is not None or one.factor is None for one in self.thin)
 
+    def scratch(self, entries: int) -> int:
+        """Tell how many bytes it needs beside tensors of so many entries: to find the boundaries."""
+        return sifting_size(sum(one.kept is not None for one in self.thin), entries)
+
     def measured(self, whole: Whole) -> ThinnedSum:
         """Find the boundaries and the factors."""
         counts = [one.kept(whole.entries) if one.kept and whole.entries else None for one in self.thin]
@@ -117,11 +129,11 @@ class ThinnedSum:
     def _limit(self, one: Thin, cut: Cut | None, stream: int) -> Thinning:
         factor = 1.0 if one.factor is None else one.factor
         if cut is not None:
-            return Thinning(_BY_SIZE, factor, cut.value, cut.last_index, 0, 0)
+            return Thinning(_BY_SIZE, factor, cut.value, cut.last_index)
         if one.share is not None:
             key, limit = random_key(self.seed, stream), round(one.share * (1 << 53))
             return Thinning(_AT_RANDOM, factor, 0.0, 0, key, limit)
-        return Thinning(_ALL, factor, 0.0, 0, 0, 0)
+        return Thinning(_ALL, factor)
 
     def make(self, run: Run, out: int, dtype: int) -> None:
         """Make a run of the result at an address."""

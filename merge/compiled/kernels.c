@@ -13,7 +13,8 @@
 #define BLOCK 1024 /* entries that are worked on at once, so that all that is made of them stays in the nearest cache */
 #define GRID 65536 /* merge/evaluate.py has the same */
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__gnu_linux__)
+/* PORTABLE: as on machines of other kinds, for the tests */
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__gnu_linux__) && !defined(PORTABLE)
 #include <immintrin.h>
 #define WIDE __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #define COMPRESSES __attribute__((target("avx512f,avx512vl")))

@@ -146,11 +146,13 @@ class _Applied:
         total = sum(byte_size(node.output.dtype, self.entries) for node in step.inputs)
         self.held = found.revisits and total <= 2 * session.keep  # there is no scratch beside it, as torch needs
         self._met = Met(step.inputs, session, held=self.held)
-        self.size = self._met.size
+        self._scratch = found.scratch(self.entries)
+        self.size = self._met.size + self._scratch + ALIGNMENT
 
     def settle(self, memory: Arena) -> None:
         """Take the memory that is needed."""
         self._met.settle(memory)
+        self.scratch = memory.take(self._scratch)[1]
 
     def make(self, span: slice, out: int, *, spreads: bool = True) -> None:
         """Make a run of the result at an address; `spreads`: what is not finite in it will be so in the end."""

@@ -8,13 +8,12 @@ from __future__ import annotations
 import itertools
 import math
 from bisect import bisect_right
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from ctypes import Array, c_double, c_float, c_int64, c_uint32, memset, sizeof
 from dataclasses import dataclass
 
 from ..inner_products import InnerProducts, squared
 from ..kernels import NO_LIMIT, Cut, exact_sum
-from .arena import ALIGNMENT, arena
 from .library import DTYPES, HIGHER, NO_TENSOR, ROW, Histograms, Stored, Thinning, functions
 from .runs import Whole
 
@@ -51,6 +50,11 @@ def l1_factors(whole: Whole, limits: Mapping[int, Thinning]) -> dict[int, float]
             kept[model] += sums[rows:]
     below = {model: exact_sum(sums) for model, sums in kept.items()}
     return {model: exact_sum(every[model]) / below[model] if below[model] > 0 else 1.0 for model in limits}
+
+
+def sifting_size(models: int, entries: int) -> int:
+    """Tell how much scratch `largest` needs for so many models: histograms, and bits near the boundaries."""
+    return models * (sizeof(Histograms) + min(_ROOM, entries) * sizeof(c_uint32))
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +108,7 @@ def _digit(counted: Array[c_uint32], wanted: int) -> tuple[int, int, int]:
 
 def _regions(whole: Whole, wanted: Mapping[int, int]) -> dict[int, tuple[int, int]]:
     """Tell for each model between which bits its boundary probably lies, from some of the rows."""
-    counts = _histograms(wanted)
+    counts = _histograms(whole, wanted)
     seen = 0
     runs, rows = (1, _SAMPLED) if whole.held else (_SAMPLED, 1)
     for run in whole.runs(runs):
@@ -126,8 +130,8 @@ def _sifted(whole: Whole, wanted: Mapping[int, int]) -> dict[int, _Boundary]:
         return {}
     regions = _regions(whole, wanted)
     room = min(_ROOM, whole.entries)
-    memory = arena(len(wanted) * (room * sizeof(c_uint32) + ALIGNMENT), "sifted")
-    sifted = {model: _Sifted(memory.take(room * sizeof(c_uint32))[1]) for model in wanted}
+    free = whole.scratch + len(wanted) * sizeof(Histograms)
+    sifted = {model: _Sifted(free + at * room * sizeof(c_uint32)) for at, model in enumerate(wanted)}
     for run in whole.runs():
         for model, one in tuple(sifted.items()):
             one.starts.append(run.start)
@@ -137,7 +141,8 @@ def _sifted(whole: Whole, wanted: Mapping[int, int]) -> dict[int, _Boundary]:
             one.ends[-1] += more
             if more < 0:
                 del sifted[model]
-    found = {model: one.boundary(wanted[model]) for model, one in sifted.items()}
+    (lanes,) = _histograms(whole, (0,)).values()
+    found = {model: one.boundary(wanted[model], lanes) for model, one in sifted.items()}
     return {model: boundary for model, boundary in found.items() if boundary is not None}
 
 
@@ -151,13 +156,13 @@ class _Sifted:
         self.starts: list[int] = []  # of each run that was sifted
         self.ends = [0]  # where what is kept of it ends; the first one begins at 0
 
-    def boundary(self, wanted: int) -> _Boundary | None:
+    def boundary(self, wanted: int, lanes: Array[c_uint32]) -> _Boundary | None:
         """Find the magnitude of the wanted-th largest of all, if it is among them."""
         rest = wanted - self.above.value
         if not 0 < rest <= self.ends[-1]:
             return None
         among = (c_int64 * 3)()
-        functions().find_among(self.address, self.ends[-1], rest, *_histograms((0,)).values(), among)
+        functions().find_among(self.address, self.ends[-1], rest, lanes, among)
         bits, larger, equal = among
         last = self._equal(self.ends[-1], bits, rest - larger)
         at = bisect_right(self.ends, last) - 1
@@ -171,20 +176,20 @@ class _Sifted:
         return found
 
 
-def _histograms(models: Collection[int]) -> dict[int, Array[c_uint32]]:
-    """Give empty histograms of one digit for each model, valid until others are asked for."""
-    memory = arena(len(models) * sizeof(Histograms), "histograms")
-    addresses = {model: memory.take(sizeof(Histograms))[1] for model in models}
-    for address in addresses.values():
-        memset(address, 0, sizeof(Histograms))
-    return {model: Histograms.from_address(address) for model, address in addresses.items()}
+def _histograms(whole: Whole, models: Iterable[int]) -> dict[int, Array[c_uint32]]:
+    """Give empty histograms of one digit for each model, at the beginning of the scratch."""
+    found = {}
+    for at, model in enumerate(models):
+        found[model] = Histograms.from_address(whole.scratch + at * sizeof(Histograms))
+        memset(found[model], 0, sizeof(Histograms))
+    return found
 
 
 def _by_radix(whole: Whole, wanted: Mapping[int, int]) -> dict[int, _Boundary]:
     """Find the boundaries by two passes, whatever the magnitudes are."""
     if not wanted:
         return {}
-    counts = _histograms(wanted)
+    counts = _histograms(whole, wanted)
     highs = dict.fromkeys(wanted, HIGHER)
     left = dict(wanted)
     found = {}

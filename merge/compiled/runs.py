@@ -25,6 +25,7 @@ class Whole(Protocol):
 
     streams: Sequence[int]
     held: bool  # in memory, once they are read
+    scratch: int  # the address of what a form needs beside them
 
     @property
     def entries(self) -> int:
@@ -44,6 +45,9 @@ class Form(Protocol):
     @property
     def spreads(self) -> bool:
         """Tell whether an entry that is NaN or infinite in any of the tensors is so in the result."""
+
+    def scratch(self, entries: int) -> int:
+        """Tell how many bytes it needs beside tensors of so many entries."""
 
     def measured(self, whole: Whole) -> Form:
         """Find what must be known of the whole tensors; give what can make runs."""
