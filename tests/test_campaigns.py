@@ -30,18 +30,18 @@ def cases(work: Path) -> Iterator[list[ended.Case]]:
 
 @needs_fork
 def test_builds_that_were_killed_give_the_same_bytes_in_the_end(work: Path, cases: list[ended.Case]) -> None:
-    assert ended.killed(work, cases, 10).total() == 10
+    assert ended.killed(work, cases, 10).total == 10
 
 
 @needs_fork
 def test_builds_that_were_interrupted_give_the_same_bytes_in_the_end(work: Path, cases: list[ended.Case]) -> None:
-    assert ended.interrupted(work, cases, 5).total() == 5
+    assert ended.interrupted(work, cases, 5).total == 5
 
 
 @needs_fork
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
 def test_builds_that_ran_out_of_space_give_the_same_bytes_in_the_end(work: Path, cases: list[ended.Case]) -> None:
-    assert ended.out_of_space(work, cases, 1).total() == 1
+    assert ended.out_of_space(work, cases, 2).total == 2
 
 
 def test_a_flipped_byte_of_a_result_is_found_and_named(tmp_path: Path) -> None:
