@@ -57,6 +57,10 @@ def test_a_flipped_byte_of_a_locked_input_is_refused(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the size of a process is read from /proc")
 def test_builds_by_the_dozen_hold_no_more_memory_and_no_more_files(tmp_path: Path) -> None:
     write_inputs(tmp_path / "inputs", layers=2, width=16)
-    found = soak.soak(tmp_path, 60)
-    assert len(set(found.files)) == 1
-    assert found.bytes_a_build < 100_000  # one receipt kept alive would be about that
+    soak.soak(tmp_path, 60).check()
+
+
+def test_a_soak_that_grows_is_found() -> None:
+    for memory, files in ((range(0, 10**7, 10**6), [6] * 10), ([10**6] * 10, [6] * 9 + [7])):
+        with pytest.raises(AssertionError):
+            soak.Grown(10, tuple(memory), tuple(files)).check()
