@@ -15,13 +15,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import blake3
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from portmanteau import compositions, merge
-from portmanteau.merge import Checkpoint, Composed, OutputError, Progress, exclusive, journal
+from portmanteau.merge import Checkpoint, Composed, MergeError, OutputError, Progress, exclusive, journal
 from portmanteau.merge.files.storage import PositionalFile
 from portmanteau.merge.journal import Finished, Journal
 from portmanteau.merge.output import Work
@@ -309,6 +310,51 @@ def test_a_second_build_of_the_same_result_is_refused(two: dict[str, Path], tmp_
     assert merge.build(mean(two), tmp_path / "out").outcome == "up to date"
 
 
+class Meanwhile(Progress):
+    """Does something once, while tensors are made."""
+
+    def __init__(self, act: Callable[[], object]) -> None:
+        self._act: Callable[[], object] | None = act
+
+    def advance(self, nbytes: int, tensors: int = 0) -> None:
+        act, self._act = self._act, None
+        if act is not None:
+            act()
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_what_came_to_stand_there_during_a_build_is_not_removed(
+    force: bool, two: dict[str, Path], tmp_path: Path
+) -> None:
+    def put() -> None:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "thesis.tex").write_text("years of work")
+
+    with pytest.raises(OutputError, match="exists") as caught:
+        merge.build(mean(two), tmp_path / "out", threads=1, progress=Meanwhile(put), force=force)
+    assert "5 finished tensors are kept" in caught.value.__notes__[0]
+    assert (tmp_path / "out" / "thesis.tex").read_text() == "years of work"
+    (tmp_path / "out").rename(tmp_path / "elsewhere")
+    assert merge.build(mean(two), tmp_path / "out").outcome == "continued"
+
+
+def test_an_input_that_changes_while_it_is_read_is_refused_and_named(two: dict[str, Path], tmp_path: Path) -> None:
+    merge.build(mean(two), tmp_path / "before")
+    file = two["b"] / "model.safetensors"
+
+    def touch() -> None:
+        status = file.stat()
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns + 1_000_000_000))
+
+    with pytest.raises(MergeError, match=r"the input b: model\.safetensors changed while it was read"):
+        merge.build(mean(two), tmp_path / "out", threads=1, progress=Meanwhile(touch))
+    assert not (tmp_path / "out").exists()
+    told = Telling()
+    assert merge.build(mean(two), tmp_path / "out", progress=told).outcome == "built"  # nothing old is mixed in
+    assert "the input b: model.safetensors changed" in told.told[0]
+    assert weights(tmp_path / "out") == weights(tmp_path / "before")
+
+
 @pytest.mark.parametrize("moment", ["between the renames", "before the old one was removed"])
 def test_a_process_that_died_while_publishing_loses_nothing(
     moment: str, two: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -377,6 +423,19 @@ def test_a_journal_with_any_byte_flipped_gives_nothing_that_was_not_in_it(tmp_pa
         (tmp_path / "flipped").write_bytes(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :])
         read = journal.read(tmp_path / "flipped")
         assert read is None or (read.identity == IDENTITY and set(read.finished) < {f"tensor {i}" for i in range(3)})
+
+
+@pytest.mark.parametrize(
+    "line", ['{"tensor": "x", "digest": "0", "clean": true, "also": 1}', '{"name": "x"}', "[1]", '"x"']
+)
+def test_a_journal_of_another_version_is_not_continued(line: str, two: dict[str, Path], tmp_path: Path) -> None:
+    end(two, tmp_path / "out")
+    place = Work.of(tmp_path / "out").journal
+    head = json.dumps({"the version of portmanteau or torch": "portmanteau 0.0.1"})
+    seal = blake3.blake3(head.encode()).digest()
+    lines = ((b"", head), (seal, line))
+    place.write_text("".join(f"{blake3.blake3(key + text.encode()).hexdigest()[:32]} {text}\n" for key, text in lines))
+    assert merge.build(mean(two), tmp_path / "out").outcome == "built"
 
 
 def test_lines_of_another_build_do_not_pass(tmp_path: Path) -> None:
