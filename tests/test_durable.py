@@ -537,6 +537,38 @@ def test_a_lock_that_a_dead_process_left_is_free(tmp_path: Path) -> None:
     release()
 
 
+def test_of_two_that_find_a_dead_lock_at_once_one_gets_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock, lives, first = tmp_path / "lock", exclusive._lives, list[Any]()
+    monkeypatch.setattr(exclusive, "_way", lambda: None)
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    lock.write_bytes(dead.stdout.strip())
+
+    def slow(number: int) -> bool:  # while one looks whether the process lives, the other takes the lock
+        if not first:
+            first.append(None)
+            first[0] = exclusive.take(lock)
+            return False
+        return lives(number)
+
+    monkeypatch.setattr(exclusive, "_lives", slow)
+    assert exclusive.take(lock) is None
+    assert first[0] is not None
+    assert exclusive.holder(lock) == os.getpid()
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
+def test_a_lock_without_its_number_is_that_of_one_who_is_just_writing_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exclusive, "_way", lambda: None)
+    (tmp_path / "lock").touch()
+    assert exclusive.take(tmp_path / "lock") is None
+    os.utime(tmp_path / "lock", (0, 0))  # one that ended before it wrote
+    release = exclusive.take(tmp_path / "lock")
+    assert release is not None
+    release()
+
+
 # -------------------------------------------------------------------------------------------------------------- storage
 
 
