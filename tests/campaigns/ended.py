@@ -17,6 +17,7 @@ Syncing waits for whatever else writes to the same disk, so the time that all th
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import random
@@ -36,6 +37,7 @@ from typing import Any
 from portmanteau import cli, merge
 from portmanteau.merge import journal
 from portmanteau.merge.output import Work
+from portmanteau.merge.receipt import RECEIPT
 from tests.campaigns.recipes import RECIPES, contents, write_inputs
 
 _SPACE = 110 << 20  # of the small file system: a build asks for 64 MiB more than it writes
@@ -129,18 +131,13 @@ def build(recipe: Path, out: Path, *options: str, says: Path, without_fallocate:
 
 def _child(arguments: list[str], says: Path, tell: int, without_fallocate: bool) -> None:
     """Be the process of a build, and end with its status. What it says goes to a file."""
-    code, checked = 70, cli.preflight
-
-    def preflight(*given: object, **settings: object) -> object:
-        os.close(tell)  # the first thing that the command does
-        return checked(*given, **settings)  # type: ignore[arg-type]
-
+    code = 70
     try:
         sys.stdout = sys.stderr = says.open("w", buffering=1, encoding="utf-8")
         if without_fallocate:
             del os.posix_fallocate
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        cli.preflight = preflight  # type: ignore[assignment]
+        _tell_of_beginning(tell)
         sys.argv = ["portmanteau", *arguments]
         cli.main()
         code = 0
@@ -152,8 +149,32 @@ def _child(arguments: list[str], says: Path, tell: int, without_fallocate: bool)
         os._exit(code)
 
 
+def _tell_of_beginning(tell: int) -> None:
+    """Close the pipe as the first thing that the command does."""
+    module: Any = importlib.import_module("portmanteau.compositions.build_recipe")
+    build_recipe = module.build_recipe
+
+    def telling(*given: Any, **settings: Any) -> Any:
+        os.close(tell)
+        return build_recipe(*given, **settings)
+
+    module.build_recipe = telling
+
+
+def _import_all(recipes: list[Path], work: Path) -> None:
+    """Import what builds of these recipes import: a process of its own finds out, so that no threads stay here."""
+    build_all = "import sys; from portmanteau.cli import app\nfor recipe in sys.argv[2:]:\n"
+    build_all += "    app(['build', recipe, sys.argv[1], '--force'], standalone_mode=False)\nprint(*sys.modules)"
+    command = [sys.executable, "-c", build_all, work / "whole" / "first", *recipes]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    for name in done.stdout.split():
+        with suppress(ImportError):  # what modules made up themselves
+            importlib.import_module(name)
+
+
 def cases(work: Path, times: int = 3) -> list[Case]:
     """Build every recipe a few times, undisturbed."""
+    _import_all([work / "inputs" / f"{name}.yaml" for name in RECIPES], work)
     found = []
     for name in RECIPES:
         recipe, out, says = work / "inputs" / f"{name}.yaml", work / "whole" / name, work / "says"
@@ -178,7 +199,7 @@ def stage(building: Building) -> str:
     read = journal.read(work.journal)
     if read is None or not read.finished:
         return "no tensor finished"
-    receipt = (work.result / merge.receipt.RECEIPT).exists()
+    receipt = (work.result / RECEIPT).exists()
     return "everything made, not published" if receipt else "some tensors finished"
 
 
