@@ -174,6 +174,7 @@ def published(out: Path, *, fresh: bool = False, check: Callable[[], None] = lam
     Raises OutputError where another process builds the same result.
     """
     out = out.absolute()
+    new = [folder for folder in (out.parent, *out.parent.parents) if not folder.exists()]
     out.parent.mkdir(parents=True, exist_ok=True)
     with _held(out) as work:
         if fresh:
@@ -185,7 +186,8 @@ def published(out: Path, *, fresh: bool = False, check: Callable[[], None] = lam
             _sync(work.result)
             check()
             _rename(work, out)
-            sync_folder(out.parent)
+            for folder in (out.parent, *(one.parent for one in new)):
+                sync_folder(folder)
             work.clear()
         except BaseException as error:
             told = _as_output_error(out, error) if isinstance(error, OSError) else error

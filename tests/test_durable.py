@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from portmanteau import compositions, merge
-from portmanteau.merge import Checkpoint, Composed, MergeError, OutputError, Progress, exclusive, journal
+from portmanteau.merge import Checkpoint, Composed, MergeError, OutputError, Progress, exclusive, journal, output
 from portmanteau.merge.files.storage import PositionalFile
 from portmanteau.merge.journal import Finished, Journal
 from portmanteau.merge.output import Work
@@ -457,6 +457,20 @@ def test_data_is_synced_before_the_journal_is(tmp_path: Path, monkeypatch: pytes
         monkeypatch.setattr(os, "fsync", lambda descriptor: done.append("journal"))
         log.add(Finished("tensor", "0" * 64, clean=True))
     assert done == ["weights", "journal"]
+
+
+def test_the_names_of_new_folders_above_a_result_are_synced_too(
+    two: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced, sync_folder = list[Path](), output.sync_folder
+
+    def syncing(folder: Path) -> None:
+        synced.append(folder)
+        sync_folder(folder)
+
+    monkeypatch.setattr(output, "sync_folder", syncing)
+    merge.build(mean(two), tmp_path / "new" / "deep" / "out")
+    assert {tmp_path, tmp_path / "new", tmp_path / "new" / "deep"} <= set(synced)
 
 
 def test_everything_is_synced_before_the_result_takes_its_name(
