@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,12 +21,12 @@ from .dtypes import parse
 from .errors import MergeError, nearest
 from .execute import Tools, carry_out, shared, surveyed
 from .files.digests import digest
-from .identity import Identity, code, differences, identity
+from .identity import Identity, code, differences, identity, inputs
 from .journal import Finished, Journal
 from .limits import Limits
 from .node import Step, Survey
 from .non_finite import Choice, Watch
-from .output import Work, check_place, healed, is_result, published
+from .output import Work, check_name, check_place, healed, is_result, published
 from .page_cache import crowds_memory
 from .plan import Plan, make_plan
 from .plugins.source_files import Plugins, source_files
@@ -98,10 +99,19 @@ def build(
         return earlier
     check_place(out, nbytes=plan.bytes_written, force=force, since=earlier)
     text = _of_recipe(recipe, recipe_folder, out) if recipe is not None else None
-    with published(out, fresh=fresh) as work:
+    as_begun = inputs(plan)
+    with published(out, fresh=fresh, check=partial(check_name, out, force=force)) as work:
         watch = Watch() if non_finite != "keep" else None
         making = _Build(limits, progress, watch, non_finite, made_from, plugins, work)
-        return making.result(plan, shard_size, beside, text, begun)
+        receipt = making.result(plan, shard_size, beside, text, begun)
+        _check_unchanged(plan, as_begun)
+        return receipt
+
+
+def _check_unchanged(plan: Plan, as_begun: Identity) -> None:
+    """Refuse a result that may hold bytes of two states of an input: MergeError."""
+    if changed := differences(as_begun, inputs(plan)):
+        raise MergeError("", f"{changed} while it was read", "the same command starts anew, with what is there now")
 
 
 def _default_progress() -> Progress:

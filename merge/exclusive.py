@@ -10,12 +10,15 @@ import contextlib
 import errno
 import importlib
 import os
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 _BINARY = getattr(os, "O_BINARY", 0)
 _UNABLE = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK)  # file systems that cannot lock
+_WRITTEN_IN = 60.0  # seconds within which a process has written its number
 
 Release = Callable[[], None]
 
@@ -26,11 +29,13 @@ def take(path: Path) -> Release | None:
     if lock is None:
         return _by_number(path)
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | _BINARY, 0o666)
+        descriptor, is_new = _opened(path)
         try:
             locked = lock(descriptor)
             if locked is not True:
                 os.close(descriptor)
+                if locked is None and is_new:
+                    path.unlink(missing_ok=True)
                 return _by_number(path) if locked is None else None
             if _is_still(path, descriptor):  # and not removed by the one who held it before
                 _write_number(descriptor)
@@ -40,6 +45,13 @@ def take(path: Path) -> Release | None:
             with contextlib.suppress(OSError):
                 os.close(descriptor)
             raise
+
+
+def _opened(path: Path) -> tuple[int, bool]:
+    """Open the file; tell whether it was made by that."""
+    with contextlib.suppress(FileExistsError):
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _BINARY, 0o666), True
+    return os.open(path, os.O_RDWR | os.O_CREAT | _BINARY, 0o666), False
 
 
 def holder(path: Path) -> int | None:
@@ -109,15 +121,36 @@ def _by_number(path: Path) -> Release | None:
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _BINARY, 0o666)
         except FileExistsError:
-            number = holder(path)
-            if number is not None and _lives(number):
+            if not _is_left(path):
                 return None
-            path.unlink(missing_ok=True)
+            _set_aside(path)
         else:
             _write_number(descriptor)
             os.close(descriptor)
             return lambda: path.unlink(missing_ok=True)
     return None
+
+
+def _is_left(path: Path) -> bool:
+    """Tell whether whoever made the file no longer lives; one without a number may be just about to write it."""
+    number = holder(path)
+    if number is not None:
+        return not _lives(number)
+    try:
+        return time.time() - path.stat().st_mtime > _WRITTEN_IN
+    except FileNotFoundError:
+        return True
+
+
+def _set_aside(path: Path) -> None:
+    """Remove what a dead process left; what another one that lives has put there since is put back."""
+    aside = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
+    with contextlib.suppress(FileNotFoundError):
+        path.rename(aside)
+        if _is_left(aside):
+            aside.unlink()
+        else:
+            aside.rename(path)
 
 
 def _lives(number: int) -> bool:

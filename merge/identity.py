@@ -50,15 +50,22 @@ def identity(
         return None
     found = {"the recipe": digest((recipe or "").encode()), "the plan": steps}
     found |= {f"the {name}": str(value) for name, value in options.items()}
+    found |= inputs(plan)
+    for files in plugins.values():
+        found |= {f"the plugin's source {name}": mark for name, mark in files.items()}
+    return {**found, **_of_companions(beside), "the version of portmanteau or torch": versions()}
+
+
+def inputs(plan: Plan) -> Identity:
+    """Give what marks the files that a plan reads, as they are now."""
+    found: dict[str, str] = {}
     for store in plan.checkpoints:
         for file in store.files:
             status = file.path.stat()
             mark = f"{file.digest} {status.st_size} {status.st_mtime_ns}"
             name = f"the input {store.label}: {file.path.name}"
             found[name] = digest((found.get(name, "") + mark).encode())
-    for files in plugins.values():
-        found |= {f"the plugin's source {name}": mark for name, mark in files.items()}
-    return {**found, **_of_companions(beside), "the version of portmanteau or torch": versions()}
+    return found
 
 
 def code() -> Identity:

@@ -133,7 +133,10 @@ def read(path: Path) -> Read | None:
         text = _opened(line, seal)
         if text is None:
             break
-        one = Finished(**json.loads(text))
+        try:
+            one = Finished(**json.loads(text))
+        except TypeError:  # of another version: none of it is continued, as the identity says
+            break
         finished[one.tensor] = one
     return Read(json.loads(head), finished)
 

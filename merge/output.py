@@ -17,7 +17,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,16 +100,7 @@ def check_place(out: Path, *, nbytes: int, force: bool, since: str = "") -> None
 
 def place_mistakes(out: Path, *, nbytes: int, force: bool, since: str = "") -> list[Mistake]:
     """Find everything that would keep a result of so many bytes from being written."""
-    where, found = str(out), []
-    if os.path.lexists(out) and not force:  # a broken link is there too
-        what = f"exists already{since and f', and is not what is asked for: {since}'}"
-        is_ours = (
-            "or replace it with --force" if _is_ours(out) else "it was not built by portmanteau: --force leaves it"
-        )
-        found.append(Mistake(where, what, f"choose another name, {is_ours}"))
-    elif os.path.lexists(out) and not _is_ours(out):
-        hint = "--force replaces only what portmanteau built, or an empty folder; remove this one yourself if it may go"
-        found.append(Mistake(where, "exists, and was not built by portmanteau", hint))
+    where, found = str(out), _standing_mistakes(out, force=force, since=since)
     if not out.name.isprintable() or len(os.fsencode(out.name)) > _LONGEST_NAME:
         found.append(Mistake(where, "is no name for a folder", "choose a shorter name, of signs that can be shown"))
     home = _existing_parent(out)
@@ -123,6 +114,25 @@ def place_mistakes(out: Path, *, nbytes: int, force: bool, since: str = "") -> l
         what = f"needs {readable(nbytes + _SLACK)}, and {home} has {readable(free)} free"
         found.append(Mistake(where, what, hint))
     return found
+
+
+def check_name(out: Path, *, force: bool) -> None:
+    """Check, when all work is done, that nothing has come to stand there that may not be replaced: OutputError."""
+    mistakes = _standing_mistakes(out, force=force)
+    if mistakes:
+        raise OutputError.of(mistakes)
+
+
+def _standing_mistakes(out: Path, *, force: bool, since: str = "") -> list[Mistake]:
+    """Find why what stands there may not be replaced."""
+    if not os.path.lexists(out) or (force and _is_ours(out)):  # a broken link is there too
+        return []
+    if force:
+        hint = "--force replaces only what portmanteau built, or an empty folder; remove this one yourself if it may go"
+        return [Mistake(str(out), "exists, and was not built by portmanteau", hint)]
+    what = f"exists already{since and f', and is not what is asked for: {since}'}"
+    is_ours = "or replace it with --force" if _is_ours(out) else "it was not built by portmanteau: --force leaves it"
+    return [Mistake(str(out), what, f"choose another name, {is_ours}")]
 
 
 def check_file(path: Path, *, force: bool) -> None:
@@ -155,8 +165,8 @@ def _existing_parent(out: Path) -> Path:
 
 
 @contextmanager
-def published(out: Path, *, fresh: bool = False) -> Iterator[Work]:
-    """Give a folder to fill. It takes its final name when the block ends well.
+def published(out: Path, *, fresh: bool = False, check: Callable[[], None] = lambda: None) -> Iterator[Work]:
+    """Give a folder to fill. It takes its final name when the block ends well, and `check` then raises nothing.
 
     After an error, or an interrupt, what is finished stays for the same command to continue, and the error says so in
     a note; where nothing is finished nothing is left. `fresh` removes what an earlier build left.
@@ -164,6 +174,7 @@ def published(out: Path, *, fresh: bool = False) -> Iterator[Work]:
     Raises OutputError where another process builds the same result.
     """
     out = out.absolute()
+    new = [folder for folder in (out.parent, *out.parent.parents) if not folder.exists()]
     out.parent.mkdir(parents=True, exist_ok=True)
     with _held(out) as work:
         if fresh:
@@ -173,8 +184,10 @@ def published(out: Path, *, fresh: bool = False) -> Iterator[Work]:
             yield work
             filled = True
             _sync(work.result)
+            check()
             _rename(work, out)
-            sync_folder(out.parent)
+            for folder in (out.parent, *(one.parent for one in new)):
+                sync_folder(folder)
             work.clear()
         except BaseException as error:
             told = _as_output_error(out, error) if isinstance(error, OSError) else error

@@ -12,6 +12,7 @@ from typing import Any, Literal, Self
 
 from .errors import OutputError
 from .files.digests import digest, digest_of_file
+from .files.json_file import TABLE_BYTES, parsed, read_bytes
 from .identity import Identity, package_version
 from .node import Finding, Store, Survey, steps
 from .origins import Strip, strips
@@ -103,17 +104,37 @@ def read(folder: Path) -> Receipt:
     path = folder / RECEIPT
     if not path.is_file():
         raise OutputError(str(folder), f"holds no {RECEIPT}", "only what portmanteau built has a receipt")
-    raw = path.read_bytes()
     try:
-        found = json.loads(raw)
+        raw = read_bytes(path, TABLE_BYTES)
+        found = parsed(raw)
         receipt = Receipt(**{key: found[key] for key in (f.name for f in fields(Receipt)) if key not in _UNWRITTEN})
-        whole = digest(_with_seal(raw, receipt.seal, _NO_SEAL)) == receipt.seal
-    except (ValueError, TypeError, KeyError, RecursionError):
+        whole = _is_one(receipt) and digest(_with_seal(raw, receipt.seal, _NO_SEAL)) == receipt.seal
+    except (ValueError, TypeError, KeyError):
         whole = False
     if not whole:
         hint = "build it again: nothing can be said about a result without its receipt"
         raise OutputError(str(path), "is damaged, was edited, or comes from another version of portmanteau", hint)
     return receipt
+
+
+def _is_one(receipt: Receipt) -> bool:
+    """Tell whether what a stranger sealed has the parts of a receipt that are relied on."""
+    texts = [receipt.outputs, receipt.made_from or {}, receipt.recipe or {}, receipt.versions]
+    lists = [receipt.inputs, receipt.choices, receipt.notes, receipt.seeds, receipt.layers]
+    return (
+        all(isinstance(one, dict) and all(type(value) is str for value in one.values()) for one in texts)
+        and all(isinstance(one, list) for one in lists)
+        and {"text"} <= (receipt.recipe or {"text": ""}).keys()
+        and isinstance(receipt.files, dict)
+        and all(map(_is_record, receipt.files.values()))
+        and all(type(one) is str for one in (receipt.seal, receipt.non_finite))
+    )
+
+
+def _is_record(record: Any) -> bool:
+    """Tell whether this says of a file how large it is, and its digest or that of its header."""
+    marks = [record.get(key) for key in ("header", "digest") if key in record] if isinstance(record, dict) else []
+    return bool(marks) and all(type(mark) is str for mark in marks) and type(record.get("bytes")) is int
 
 
 def _with_seal(raw: bytes, before: str, after: str) -> bytes:

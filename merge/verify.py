@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import Mistake, some
+from .errors import CheckpointError, Mistake, some
 from .files.digests import digest, digest_of_file, digest_of_run
+from .files.safetensors_header import PREFIX, Header, header_length, parse_header
 from .files.storage import PositionalFile
 from .limits import Limits
 from .progress import Progress
@@ -72,7 +72,7 @@ def damage(
             if isinstance(header, Mistake):
                 mistakes.append(header)
                 continue
-            tensors = list(_tensors(out / name, header, record["header_bytes"], receipt.outputs, told))
+            tensors = list(_tensors(out / name, header, receipt.outputs, told))
             placed.update(one.name for one in tensors)
             work += tensors
     told.begin("verify", sum(record["bytes"] for record in receipt.files.values()), len(receipt.outputs))
@@ -126,23 +126,23 @@ class _Tensor:
         return None if same else Mistake(where, "is damaged: its bytes are not those that were written", _AGAIN)
 
 
-def _header(path: Path, record: Mapping[str, Any]) -> dict[str, Any] | Mistake:
+def _header(path: Path, record: Mapping[str, Any]) -> Header | Mistake:
     """Read the header of a weight file whose size and header are those that were written."""
     size = path.stat().st_size
     if size != record["bytes"]:
         return Mistake(str(path), f"has {size:,} bytes, and {record['bytes']:,} were written", _AGAIN)
-    with path.open("rb") as file:
-        raw = file.read(record["header_bytes"])
-    if digest(raw) != record["header"]:
-        return Mistake(str(path), "its header is damaged, so that its tensors cannot be found", _AGAIN)
-    found: dict[str, Any] = json.loads(raw[8:])
-    return found
+    damaged = Mistake(str(path), "its header is damaged, so that its tensors cannot be found", _AGAIN)
+    try:
+        with path.open("rb") as file:
+            prefix = file.read(PREFIX)
+            raw = file.read(header_length(prefix, str(path)))
+        if digest(prefix + raw) != record["header"]:
+            return damaged
+        return parse_header(raw, size, str(path))
+    except CheckpointError:
+        return damaged
 
 
-def _tensors(
-    path: Path, header: dict[str, Any], begin: int, outputs: Mapping[str, str], progress: Progress
-) -> Iterator[_Tensor]:
-    for name, entry in header.items():
-        if name != "__metadata__":
-            start, end = entry["data_offsets"]
-            yield _Tensor(path, name, begin + start, end - start, outputs.get(name), progress)
+def _tensors(path: Path, header: Header, outputs: Mapping[str, str], progress: Progress) -> Iterator[_Tensor]:
+    for name, spec in header.specs.items():
+        yield _Tensor(path, name, header.offsets[name], spec.nbytes, outputs.get(name), progress)

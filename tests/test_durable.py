@@ -15,13 +15,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import blake3
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from portmanteau import compositions, merge
-from portmanteau.merge import Checkpoint, Composed, OutputError, Progress, exclusive, journal
+from portmanteau.merge import Checkpoint, Composed, MergeError, OutputError, Progress, exclusive, journal, output
 from portmanteau.merge.files.storage import PositionalFile
 from portmanteau.merge.journal import Finished, Journal
 from portmanteau.merge.output import Work
@@ -309,6 +310,51 @@ def test_a_second_build_of_the_same_result_is_refused(two: dict[str, Path], tmp_
     assert merge.build(mean(two), tmp_path / "out").outcome == "up to date"
 
 
+class Meanwhile(Progress):
+    """Does something once, while tensors are made."""
+
+    def __init__(self, act: Callable[[], object]) -> None:
+        self._act: Callable[[], object] | None = act
+
+    def advance(self, nbytes: int, tensors: int = 0) -> None:
+        act, self._act = self._act, None
+        if act is not None:
+            act()
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_what_came_to_stand_there_during_a_build_is_not_removed(
+    force: bool, two: dict[str, Path], tmp_path: Path
+) -> None:
+    def put() -> None:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "thesis.tex").write_text("years of work")
+
+    with pytest.raises(OutputError, match="exists") as caught:
+        merge.build(mean(two), tmp_path / "out", threads=1, progress=Meanwhile(put), force=force)
+    assert "5 finished tensors are kept" in caught.value.__notes__[0]
+    assert (tmp_path / "out" / "thesis.tex").read_text() == "years of work"
+    (tmp_path / "out").rename(tmp_path / "elsewhere")
+    assert merge.build(mean(two), tmp_path / "out").outcome == "continued"
+
+
+def test_an_input_that_changes_while_it_is_read_is_refused_and_named(two: dict[str, Path], tmp_path: Path) -> None:
+    merge.build(mean(two), tmp_path / "before")
+    file = two["b"] / "model.safetensors"
+
+    def touch() -> None:
+        status = file.stat()
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns + 1_000_000_000))
+
+    with pytest.raises(MergeError, match=r"the input b: model\.safetensors changed while it was read"):
+        merge.build(mean(two), tmp_path / "out", threads=1, progress=Meanwhile(touch))
+    assert not (tmp_path / "out").exists()
+    told = Telling()
+    assert merge.build(mean(two), tmp_path / "out", progress=told).outcome == "built"  # nothing old is mixed in
+    assert "the input b: model.safetensors changed" in told.told[0]
+    assert weights(tmp_path / "out") == weights(tmp_path / "before")
+
+
 @pytest.mark.parametrize("moment", ["between the renames", "before the old one was removed"])
 def test_a_process_that_died_while_publishing_loses_nothing(
     moment: str, two: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -379,6 +425,19 @@ def test_a_journal_with_any_byte_flipped_gives_nothing_that_was_not_in_it(tmp_pa
         assert read is None or (read.identity == IDENTITY and set(read.finished) < {f"tensor {i}" for i in range(3)})
 
 
+@pytest.mark.parametrize(
+    "line", ['{"tensor": "x", "digest": "0", "clean": true, "also": 1}', '{"name": "x"}', "[1]", '"x"']
+)
+def test_a_journal_of_another_version_is_not_continued(line: str, two: dict[str, Path], tmp_path: Path) -> None:
+    end(two, tmp_path / "out")
+    place = Work.of(tmp_path / "out").journal
+    head = json.dumps({"the version of portmanteau or torch": "portmanteau 0.0.1"})
+    seal = blake3.blake3(head.encode()).digest()
+    lines = ((b"", head), (seal, line))
+    place.write_text("".join(f"{blake3.blake3(key + text.encode()).hexdigest()[:32]} {text}\n" for key, text in lines))
+    assert merge.build(mean(two), tmp_path / "out").outcome == "built"
+
+
 def test_lines_of_another_build_do_not_pass(tmp_path: Path) -> None:
     kept(tmp_path / "one")
     with Journal(tmp_path / "other", {"the recipe": "xyz"}, (), lambda: None):
@@ -398,6 +457,20 @@ def test_data_is_synced_before_the_journal_is(tmp_path: Path, monkeypatch: pytes
         monkeypatch.setattr(os, "fsync", lambda descriptor: done.append("journal"))
         log.add(Finished("tensor", "0" * 64, clean=True))
     assert done == ["weights", "journal"]
+
+
+def test_the_names_of_new_folders_above_a_result_are_synced_too(
+    two: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced, sync_folder = list[Path](), output.sync_folder
+
+    def syncing(folder: Path) -> None:
+        synced.append(folder)
+        sync_folder(folder)
+
+    monkeypatch.setattr(output, "sync_folder", syncing)
+    merge.build(mean(two), tmp_path / "new" / "deep" / "out")
+    assert {tmp_path, tmp_path / "new", tmp_path / "new" / "deep"} <= set(synced)
 
 
 def test_everything_is_synced_before_the_result_takes_its_name(
@@ -473,6 +546,38 @@ def test_a_lock_is_held_by_one_and_free_again_afterwards(tmp_path: Path) -> None
 def test_a_lock_that_a_dead_process_left_is_free(tmp_path: Path) -> None:
     dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
     (tmp_path / "lock").write_bytes(dead.stdout.strip())
+    release = exclusive.take(tmp_path / "lock")
+    assert release is not None
+    release()
+
+
+def test_of_two_that_find_a_dead_lock_at_once_one_gets_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock, lives, first = tmp_path / "lock", exclusive._lives, list[Any]()
+    monkeypatch.setattr(exclusive, "_way", lambda: None)
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    lock.write_bytes(dead.stdout.strip())
+
+    def slow(number: int) -> bool:  # while one looks whether the process lives, the other takes the lock
+        if not first:
+            first.append(None)
+            first[0] = exclusive.take(lock)
+            return False
+        return lives(number)
+
+    monkeypatch.setattr(exclusive, "_lives", slow)
+    assert exclusive.take(lock) is None
+    assert first[0] is not None
+    assert exclusive.holder(lock) == os.getpid()
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
+def test_a_lock_without_its_number_is_that_of_one_who_is_just_writing_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exclusive, "_way", lambda: None)
+    (tmp_path / "lock").touch()
+    assert exclusive.take(tmp_path / "lock") is None
+    os.utime(tmp_path / "lock", (0, 0))  # one that ended before it wrote
     release = exclusive.take(tmp_path / "lock")
     assert release is not None
     release()

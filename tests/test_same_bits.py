@@ -13,6 +13,7 @@ from tests.campaigns.same_bits import (
     COMPOSITIONS,
     MACHINES,
     Machine,
+    by_definition,
     by_hash_seed,
     digests,
     of_composition,
@@ -43,19 +44,14 @@ def test_an_operator_gives_the_same_bits_on_any_machine(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, one in operators().items() if one.compiled])
-def test_the_definition_gives_the_bits_of_the_compiled_form_on_any_machine(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_definition_gives_the_bits_of_the_compiled_form_on_any_machine(name: str) -> None:
     plan = of_operator(operators()[name], {})
     first = digests(plan, MACHINES[0])
-    monkeypatch.setattr(library, "_FILE", tmp_path / "nothing")
-    library.library.cache_clear()
-    try:
+    with by_definition():
+        assert library.library() is None
         for machine in MACHINES:
             assert digests(plan, machine) == first, machine
-    finally:
-        monkeypatch.undo()
-        library.library.cache_clear()
+    assert library.library() is not None
 
 
 @pytest.mark.parametrize("name", COMPOSITIONS)

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import blake3
 import pytest
@@ -102,6 +103,30 @@ def test_a_receipt_that_was_edited_says_so(recipe: Path, tmp_path: Path) -> None
     built(recipe, tmp_path / "out")
     path = tmp_path / "out" / "portmanteau.json"
     path.write_text(path.read_text().replace('"seconds"', '"Seconds"', 1))
+    with pytest.raises(OutputError, match="is damaged, was edited"):
+        merge.verify(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"files": {"a": 3}},
+        {"files": {"a": {"bytes": 1}}},
+        {"files": {"a": {"bytes": 1, "header": 0}}},
+        {"files": [1]},
+        {"outputs": {"x": 3}},
+        {"outputs": None},
+        {"notes": 3},
+        {"made_from": 3},
+    ],
+)
+def test_a_sealed_receipt_of_a_stranger_that_is_none_is_refused(
+    change: dict[str, Any], recipe: Path, tmp_path: Path
+) -> None:
+    built(recipe, tmp_path / "out")
+    path = tmp_path / "out" / "portmanteau.json"
+    raw = json.dumps({**json.loads(path.read_text()), **change, "seal": "0" * 64})
+    path.write_text(raw.replace("0" * 64, blake3.blake3(raw.encode()).hexdigest()))
     with pytest.raises(OutputError, match="is damaged, was edited"):
         merge.verify(tmp_path / "out")
 

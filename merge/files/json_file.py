@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
 
-_MOST_VALUES = 4_000_000  # commas and brackets: they bound what the parsed values take in memory
+_MOST_VALUES = 2_500_000  # commas and brackets bound what the parsed values take; the largest known have 1,900,000
+_MOST_KEYS = 500_000  # colons, of which every key has one, and it costs four values; the largest known have 310,000
 CONFIG_BYTES = 8 << 20  # of a config; the largest known have some hundred kB
-TABLE_BYTES = 64 << 20  # of a tokenizer; the largest known have 35 MB
+TABLE_BYTES = 40 << 20  # of a tokenizer; the largest known have 35 MB
 INDEX_BYTES, INDEX_VALUES = 32 << 20, 250_000  # of an index of shards; the largest known have 8 MB and 91,000 tensors
 _DEEPEST = 64
+_NESTING = (dict, list)
 
 
 def read_json(path: Path, most: int = CONFIG_BYTES, most_values: int = _MOST_VALUES) -> dict[str, Any]:
@@ -54,8 +59,11 @@ def parsed(raw: bytes, most_values: int = _MOST_VALUES) -> Any:
     """Parse JSON. Raises ValueError for what is not, for a key given twice, for nesting and for values without end."""
     if sum(raw.count(sign) for sign in b",[{") > most_values:
         raise ValueError(f"it holds more than {most_values:,} values")
+    if raw.count(b":") > _MOST_KEYS:
+        raise ValueError(f"it holds more than {_MOST_KEYS:,} keys")
     try:
-        found = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_doubles)
+        with _uncollected():
+            found = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_doubles)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if _is_too_deep(found):
@@ -73,14 +81,23 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Let nobody look for circles meanwhile: a parser makes none, and looking would take longer than the parsing."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 def _is_too_deep(value: Any) -> bool:
-    level = [value] if isinstance(value, dict | list) else []
+    level = [value] if type(value) in _NESTING else []
     for _ in range(_DEEPEST):
         level = [
-            inner
-            for one in level
-            for inner in (one.values() if isinstance(one, dict) else one)
-            if isinstance(inner, dict | list)
+            inner for one in level for inner in (one.values() if type(one) is dict else one) if type(inner) in _NESTING
         ]
         if not level:
             return False

@@ -1,18 +1,21 @@
 """Pickles read without running anything in them: an interpreter of the few opcodes that torch.save writes.
 
 A pickle is a program. Here the only things it can call are builders that this package gives it, which make plain
-values; everything else that it may ask for is refused. What it makes is counted, and keys of mappings are plain, so
-that neither memory nor hashing has no end.
+values; everything else that it may ask for is refused. Steps and what they make are counted, and keys of mappings are
+plain, so that neither time nor memory nor hashing has no end. Integers in a row, of which sparse fine-tunes consist,
+are one step, and where they are many they are kept as an array.
 """
 
 from __future__ import annotations
 
 import struct
+from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 _MOST = 1_000_000  # containers and remembered values
+_MOST_STEPS = 2_000_000  # about half a second; a model of a thousand tensors takes 30,000
 _LONGEST_INTEGER = 16  # bytes
 
 
@@ -36,6 +39,8 @@ class Built:
 
 def unpickle(raw: bytes, names: Mapping[str, Any], persistent: Callable[[Any], Any], at: int = 0) -> tuple[Any, int]:
     """Carry out the pickle that begins at a byte; give its value, and where it ends.
+
+    Of a list with many integers in a row, many may be one `array` in it.
 
     Args:
         raw: the bytes.
@@ -64,7 +69,7 @@ class _Machine:
 
     def run(self) -> Any:
         raw, table = self._raw, _OPCODES
-        while True:
+        for _ in range(_MOST_STEPS):
             opcode = raw[self.at]
             self.at += 1
             if opcode == _STOP:
@@ -73,6 +78,7 @@ class _Machine:
             if act is None:
                 raise PickleError(f"the opcode {bytes([opcode])!r}, which no file of tensors needs")
             act(self)
+        raise PickleError(f"more than {_MOST_STEPS:,} steps")
 
     # ---- bytes and the stack
 
@@ -99,8 +105,8 @@ class _Machine:
         self.count()
         self._stack.append(value)
 
-    def count(self) -> None:
-        self._made += 1
+    def count(self, values: int = 1) -> None:
+        self._made += values
         if self._made > _MOST:
             raise PickleError(f"more than {_MOST:,} values")
 
@@ -110,10 +116,39 @@ class _Machine:
         del self._stack[mark:]
         return found
 
+    def plain_since_mark(self) -> list[Any]:
+        """Give each integer of a run by itself."""
+        found = self.since_mark()
+        if not any(type(one) is array for one in found):
+            return found
+        self.count(sum(len(one) for one in found if type(one) is array))
+        return [value for one in found for value in (one if type(one) is array else (one,))]
+
     # ---- what opcodes do
 
     def mark(self) -> None:
         self._marks.append(len(self._stack))
+
+    def integers(self) -> None:
+        """Read the integers that follow each other; the last ones stay single, for other opcodes take them so."""
+        raw, at, found = self._raw, self.at - 1, array("i")
+        kind = _INTEGERS.get(raw[at])
+        while kind is not None:
+            while raw[at : at + kind.block : kind.width] == kind.opcodes:
+                found.extend(kind.many.unpack_from(raw, at))
+                at += kind.block
+            for _ in range(_RUN):
+                kind = _INTEGERS.get(raw[at])
+                if kind is None:
+                    break
+                found.append(*kind.one.unpack_from(raw, at))
+                at += kind.width
+        self.at = at
+        single = found[-_SINGLE:].tolist() if len(found) > 2 * _SINGLE else found.tolist()
+        if len(found) > len(single):
+            self.push(found[: -len(single)])
+        self.count(len(single))
+        self._stack.extend(single)
 
     def integer(self) -> None:
         size = self.take(1)[0]
@@ -182,8 +217,22 @@ class _Machine:
         self.made(self._persistent(self._stack.pop()))
 
 
+_RUN = 64  # integers of one kind that are read at once
+_SINGLE = 4  # integers that stay single: no opcode takes more than three
+
+
+class _Kind:
+    """A kind of integers: how one of them is read, and how many in a row are, each behind its opcode."""
+
+    def __init__(self, opcode: str, form: str) -> None:
+        self.one, self.many = struct.Struct(f"<x{form}"), struct.Struct("<" + f"x{form}" * _RUN)
+        self.width, self.block = self.one.size, self.many.size
+        self.opcodes = opcode.encode() * _RUN
+
+
+_INTEGERS = {ord(opcode): _Kind(opcode, form) for opcode, form in (("K", "B"), ("M", "H"), ("J", "i"))}
 _STOP = ord(".")
-_BYTE, _SHORT, _INT, _UINT, _LONG = (struct.Struct(f"<{one}") for one in "BHiIQ")
+_BYTE, _UINT, _LONG = (struct.Struct(f"<{one}") for one in "BIQ")
 _DOUBLE = struct.Struct(">d")
 _OPCODES: dict[int, Callable[[_Machine], None]] = {
     0x80: lambda m: m.number(_BYTE),  # PROTO
@@ -192,9 +241,7 @@ _OPCODES: dict[int, Callable[[_Machine], None]] = {
     ord("N"): lambda m: m.made(None),
     0x88: lambda m: m.made(True),
     0x89: lambda m: m.made(False),
-    ord("K"): lambda m: m.push(m.number(_BYTE)),
-    ord("M"): lambda m: m.push(m.number(_SHORT)),
-    ord("J"): lambda m: m.push(m.number(_INT)),
+    **dict.fromkeys(_INTEGERS, _Machine.integers),
     0x8A: _Machine.integer,  # LONG1
     ord("G"): lambda m: m.push(m.number(_DOUBLE)),
     ord("X"): lambda m: m.text(_UINT),  # BINUNICODE
@@ -204,14 +251,14 @@ _OPCODES: dict[int, Callable[[_Machine], None]] = {
     ord(")"): lambda m: m.made(()),
     ord("]"): lambda m: m.made([]),
     ord("}"): lambda m: m.made({}),
-    ord("t"): lambda m: m.made(tuple(m.since_mark())),
+    ord("t"): lambda m: m.made(tuple(m.plain_since_mark())),
     0x85: lambda m: m.tuple_of(1),
     0x86: lambda m: m.tuple_of(2),
     0x87: lambda m: m.tuple_of(3),
     ord("a"): lambda m: m.append([m._stack.pop()]),
     ord("e"): lambda m: m.append(m.since_mark()),
     ord("s"): _Machine.set_item,
-    ord("u"): lambda m: m.set_items(m.since_mark()),
+    ord("u"): lambda m: m.set_items(m.plain_since_mark()),
     ord("q"): lambda m: m.remember(m.number(_BYTE)),
     ord("r"): lambda m: m.remember(m.number(_UINT)),
     0x94: lambda m: m.remember(len(m._memo)),  # MEMOIZE

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import io
 import math
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..dtypes import is_float, torch_dtype
+from ..dtypes import byte_size, is_float, torch_dtype
 from ..errors import CheckpointError, Mistake
 from ..files.pickled import Builder, Built, PickleError
 from ..files.torch_file import TorchTensors
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = "pytorch_diff.bin"
 _MOST_PICKLE = 64 << 20  # bytes: some thirty million steps
+_MOST_TENSORS = 20_000  # the largest known models have some thousand
 _MOST_DIMENSIONS = 64
 _LARGEST = 1 << 63
 
@@ -46,6 +48,7 @@ def read(path: Path) -> Decoded:
     diffs, dense = (found.get(key) if isinstance(found, dict) else None for key in ("diffs", "abs"))
     if not isinstance(diffs, dict) or not isinstance(dense, dict):
         raise CheckpointError(str(path), "holds no `diffs` and `abs`", "composable-sft's SFT.save writes both")
+    _check_amount(path, diffs, dense)
     sparse, shapes, whole = {}, {}, {}
     mistakes = [Mistake(f"{path}: {name}", what) for name in (*diffs, *dense) if (what := name_mistake(str(name)))]
     for name, entry in diffs.items():
@@ -61,6 +64,18 @@ def read(path: Path) -> Decoded:
     if mistakes:
         raise CheckpointError.of(mistakes)
     return Decoded(sparse, shapes, whole)
+
+
+def _check_amount(path: Path, diffs: Mapping[Any, Any], dense: Mapping[Any, Any]) -> None:
+    """Look whether all that is read has an end: a file can name the same bytes any number of times."""
+    if len(diffs) + len(dense) > _MOST_TENSORS:
+        raise CheckpointError(str(path), f"holds more than {_MOST_TENSORS:,} tensors")
+    values = [entry.get("values") for entry in diffs.values() if isinstance(entry, dict)]
+    stored = [one for one in (*values, *dense.values()) if isinstance(one, StoredTensor)]
+    nbytes = sum(byte_size(one.dtype, math.prod(one.shape)) for one in stored)
+    if nbytes > 2 * path.stat().st_size:  # tied tensors may share their bytes
+        what = f"its tensors have {nbytes:,} bytes, and it holds {path.stat().st_size:,}: they lie over each other"
+        raise CheckpointError(str(path), what, "save it again, each tensor by itself")
 
 
 def write(path: Path, content: Decoded) -> None:
@@ -122,25 +137,39 @@ def _decoded(file: TorchTensors, name: str, entry: Any) -> tuple[tuple[Tensor, T
     """Decode one tensor. Raises ValueError where it contradicts itself."""
     import torch
 
+    widths = {"i": torch.int32, "q": torch.int64}
     parts = [entry.get(key) if isinstance(entry, dict) else None for key in ("size", "index_steps", "values")]
     size, listed, stored = parts
     if not isinstance(size, tuple) or not all(type(one) is int and 0 <= one < _LARGEST for one in size):
         raise ValueError("its size is no shape")
-    if not isinstance(listed, list) or not all(type(step) is int and 0 <= step < _LARGEST for step in listed):
-        raise ValueError("its index_steps are no list of steps")
-    entries = math.prod(size[:_MOST_DIMENSIONS])
-    if len(size) > _MOST_DIMENSIONS or entries >= _LARGEST or sum(listed) >= max(entries, 1):
-        raise ValueError(f"its positions do not lie in order in a tensor of {list(size[:_MOST_DIMENSIONS])}")
-    steps = torch.tensor(listed, dtype=torch.int64, device="cpu")
-    fits = isinstance(stored, StoredTensor) and stored.shape == (len(listed),) and is_float(stored.dtype)
+    runs = _runs(listed)
+    count, entries = sum(map(len, runs)), math.prod(size[:_MOST_DIMENSIONS])
+    fits = isinstance(stored, StoredTensor) and stored.shape == (count,) and is_float(stored.dtype)
     if not isinstance(stored, StoredTensor) or not fits:
-        raise ValueError(f"{len(steps)} positions do not go with its values")
+        raise ValueError(f"{count} positions do not go with its values")
+    steps = [torch.tensor([], dtype=torch.int64), *(torch.frombuffer(run, dtype=widths[run.typecode]) for run in runs)]
+    flat = torch.cat([run.long() for run in steps]).cumsum(0)  # a sum that overflows is less than the one before it
+    in_order = not count or (int(flat[0]) >= 0 and int(flat[-1]) < entries and not bool((flat[1:] <= flat[:-1]).any()))
+    if len(size) > _MOST_DIMENSIONS or entries >= _LARGEST or not in_order:
+        raise ValueError(f"its positions do not lie in order in a tensor of {list(size[:_MOST_DIMENSIONS])}")
     values = _read(file, name, stored)
-    flat = steps.cumsum(0)
-    if len(steps) and (bool((steps[1:] <= 0).any()) or int(flat[-1]) >= entries):
-        raise ValueError(f"its positions do not lie in order in a tensor of {list(size)}")
     indices, order = _row_major(flat, size).sort()
     return (indices, values[order]), size
+
+
+def _runs(listed: Any) -> list[array[int]]:
+    """Give steps, in their order, in arrays. Raises ValueError for anything else."""
+    found: list[array[int]] = []
+    for one in listed if isinstance(listed, list) else (None,):
+        if type(one) is array:
+            found.append(one)
+        elif type(one) is int and 0 <= one < _LARGEST:
+            if not found or found[-1].typecode != "q":
+                found.append(array("q"))
+            found[-1].append(one)
+        else:
+            raise ValueError("its index_steps are no list of steps")
+    return found
 
 
 def _row_major(flat: Tensor, size: tuple[int, ...]) -> Tensor:

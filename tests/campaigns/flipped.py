@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import random
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -129,8 +130,11 @@ def main() -> None:
     options = parser.parse_args()
     write_inputs(options.work / "inputs", layers=4, width=32)
     for name, run, count in (("outputs", in_outputs, options.outputs), ("inputs", in_inputs, options.inputs)):
+        begun = time.monotonic()
         hit = run(options.work, count, options.seed)
-        print(f"{name}: {count} of {count} flips found and named; they lay in: {dict(hit)}", flush=True)
+        lay = ", ".join(f"{times} in {where}" for where, times in sorted(hit.items()))
+        took = time.monotonic() - begun
+        print(f"{name}: {hit.total()} of {count} flips found and named ({lay}); {took:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

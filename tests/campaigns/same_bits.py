@@ -4,7 +4,7 @@
     python -m tests.campaigns.same_bits --work INPUTS --digests   # of one process, as JSON
 
 Operators and compositions come from the registries, so that a new one is among them; of a composition a recipe must be
-written here.
+written here. All is made twice: by the compiled library where it has a form, and by the definitions alone.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import json
 import os
 import subprocess
 import sys
+import time
 import typing
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from portmanteau import compositions, merge
+from portmanteau.compositions.composition import compositions as registered
 from portmanteau.merge import Operator, TensorSpec, limits
+from portmanteau.merge.compiled import library
 from portmanteau.merge.dtypes import from_torch
 from portmanteau.merge.execute import Tools, carry_out, surveyed
 from portmanteau.merge.files.digests import digest
@@ -91,6 +94,19 @@ MACHINES = (
     *(Machine(part=part, memory=1 << 36) for part in (1 << 16, 1 << 18, 1 << 20, 1 << 26)),
     *(Machine(memory=memory) for memory in (16 << 20, 64 << 20, 1 << 30)),
 )
+
+
+@contextmanager
+def by_definition() -> Iterator[None]:
+    """Make everything by the definitions, as where the library was not compiled."""
+    before = library._FILE
+    library._FILE = before.with_name("none")  # type: ignore[misc]
+    library.library.cache_clear()
+    try:
+        yield
+    finally:
+        library._FILE = before  # type: ignore[misc]
+        library.library.cache_clear()
 
 
 def digests(plan: Plan, machine: Machine) -> dict[str, str]:
@@ -194,16 +210,25 @@ def main() -> None:
     if options.digests:
         print(json.dumps({n: one_digest(digests(p, Machine())) for n, p in plans(folder, every_variant=False)}))
         return
+    assert COMPOSITIONS.keys() == registered().keys()
+    assert library.library() is not None, "build the library first: python merge/compiled/build_hook.py"
+    begun = time.monotonic()
     prepare(folder)
     count = 0
     for name, plan in plans(folder, every_variant=True):
         first = digests(plan, MACHINES[0])
-        for machine in MACHINES[1:]:
-            assert digests(plan, machine) == first, (name, machine)
+        for way in (nullcontext, by_definition):
+            for machine in MACHINES:
+                with way():
+                    assert digests(plan, machine) == first, (name, machine, way.__name__)
         count += 1
     seeds = [by_hash_seed(folder, seed) for seed in ("0", "1", "2")]
     assert seeds[0] == seeds[1] == seeds[2]
-    print(f"{count} plans, each the same bits on {len(MACHINES)} machines; {len(seeds[0])} under 3 hash seeds")
+    print(
+        f"same bits: {count} plans, of {len(operators())} operators in every variant and {len(COMPOSITIONS)} "
+        f"compositions, on {len(MACHINES)} machines, compiled and by definition; {len(seeds[0])} under 3 hash seeds; "
+        f"{time.monotonic() - begun:.0f} s"
+    )
 
 
 if __name__ == "__main__":

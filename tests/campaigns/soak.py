@@ -12,11 +12,14 @@ import argparse
 import gc
 import os
 import statistics
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from portmanteau import compositions, merge
 from tests.campaigns.recipes import RECIPES, write_inputs
+
+_MOST_GROWTH = 100_000  # bytes a build
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,11 @@ class Grown:
         late = self.memory[len(self.memory) // 2 :]
         slope, _ = statistics.linear_regression(range(len(late)), late)
         return slope * len(self.memory) / self.builds
+
+    def check(self) -> None:
+        """Raise AssertionError where something grew: one receipt kept alive would be 100 kB a build."""
+        assert len(set(self.files)) == 1, f"open files: {self.files}"
+        assert self.bytes_a_build < _MOST_GROWTH, f"memory: {self.memory}"
 
 
 def resident() -> int:
@@ -62,13 +70,16 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     options = parser.parse_args()
     write_inputs(options.work / "inputs", layers=2, width=32)
+    begun = time.monotonic()
     found = soak(options.work, options.builds)
     halves = [found.memory[0], found.memory[len(found.memory) // 2], found.memory[-1]]
     print(
-        f"{found.builds} builds: {', '.join(f'{one / 1e6:.1f} MB' for one in halves)} resident after the first round, "
-        f"half and all; {found.bytes_a_build:.0f} bytes a build in the second half; "
-        f"{found.files[0]} open files after the first round, {found.files[-1]} at the end"
+        f"soak: {found.builds} builds: {', '.join(f'{one / 1e6:.1f} MB' for one in halves)} resident after the first "
+        f"round, half and all; {found.bytes_a_build:.0f} bytes a build in the second half; "
+        f"{found.files[0]} open files after the first round, {found.files[-1]} at the end; "
+        f"{time.monotonic() - begun:.0f} s"
     )
+    found.check()
 
 
 if __name__ == "__main__":
