@@ -20,7 +20,7 @@ from portmanteau.merge.errors import Mistake, PortmanteauError, some
 from portmanteau.merge.files.places import kind, user_path
 from portmanteau.merge.node import Step
 from portmanteau.merge.non_finite import Choice
-from portmanteau.merge.output import check_file, check_place
+from portmanteau.merge.results.output import check_file, check_place
 
 from .average import average
 from .compose import compose

@@ -19,7 +19,7 @@ from portmanteau.merge import (
     make_plan,
 )
 from portmanteau.merge.errors import Mistake
-from portmanteau.merge.output import is_result, place_mistakes
+from portmanteau.merge.results.output import is_result, place_mistakes
 from portmanteau.merge.units import readable
 
 from .compose import compose

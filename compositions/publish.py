@@ -8,13 +8,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from portmanteau.merge import OutputError, PortmanteauError, Progress
-from portmanteau.merge.card_changes import CardChanges, ParentChange, with_changes
-from portmanteau.merge.changes import added
+from portmanteau.merge.cards.card_changes import CardChanges, ParentChange, with_changes
+from portmanteau.merge.differences.changes import added
 from portmanteau.merge.files.digests import digest
 from portmanteau.merge.files.hub import CARD
 from portmanteau.merge.files.upload import Target, upload
-from portmanteau.merge.output import is_result
 from portmanteau.merge.receipt import RECEIPT, Receipt, read
+from portmanteau.merge.results.output import is_result
 
 from .reports import built
 from .reports.rows import OUTSIDE, Changes, Comparison

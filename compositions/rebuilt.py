@@ -7,7 +7,7 @@ from pathlib import Path
 from portmanteau.merge import OutputError, Progress
 from portmanteau.merge.errors import Mistake
 from portmanteau.merge.receipt import RECEIPT, read
-from portmanteau.merge.remade import remade
+from portmanteau.merge.results.remade import remade
 
 from .compose import compose
 from .recipe.reading import load

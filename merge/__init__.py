@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from .plan import Plan, make_plan
     from .progress import Progress
     from .receipt import Receipt
+    from .results.verify import Verified, verify
     from .sparse.file import SparseFineTune, open_sparse
     from .stored import StoredCheckpoint, open
     from .surveyed import Surveyed
     from .tensor_spec import TensorSpec
-    from .verify import Verified, verify
 
 __all__ = [
     "Adapter",
@@ -80,12 +80,13 @@ _HOMES = {  # of the names that live in a file of another name
     "Survey": "node",
     "Surveyed": "surveyed",
     "TensorSpec": "tensor_spec",
-    "Verified": "verify",
+    "Verified": "results.verify",
     "build": "building",
     "make_plan": "plan",
     "open": "stored",
     "open_adapter": "adapters.adapter",
     "open_bottleneck": "adapters.bottleneck",
     "open_sparse": "sparse.file",
+    "verify": "results.verify",
 }
 on_demand(__name__, {name: _HOMES.get(name, name) for name in __all__})

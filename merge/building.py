@@ -13,7 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
-from . import companions, journal, model_card
+from . import companions
+from .cards import model_card
 from .checkpoint import Checkpoint
 from .companions import Companions
 from .device import CPU, chosen
@@ -21,17 +22,18 @@ from .dtypes import parse
 from .errors import MergeError, nearest
 from .execute import Tools, carry_out, shared, surveyed
 from .files.digests import digest
-from .identity import Identity, code, differences, identity, inputs
-from .journal import Finished, Journal
 from .limits import Limits
 from .node import Step, Survey
 from .non_finite import Choice, Watch
-from .output import Work, check_name, check_place, healed, is_result, published
 from .page_cache import crowds_memory
 from .plan import Plan, make_plan
 from .plugins.source_files import Plugins, source_files
 from .progress import Progress
 from .receipt import Done, Receipt, file_records, make_receipt, surveys
+from .results import journal
+from .results.identity import Identity, code, differences, identity, inputs
+from .results.journal import Finished, Journal
+from .results.output import Work, check_name, check_place, healed, is_result, published
 from .writer import Writer
 
 SHARD_SIZE = 5_000_000_000
@@ -124,7 +126,7 @@ def _standing(out: Path, made_from: Identity | None, non_finite: str) -> Receipt
     """Give the receipt of a result that stands there and is what is asked for; else how it differs, as far as known."""
     if made_from is None or not is_result(out):
         return ""
-    from .up_to_date import up_to_date
+    from .results.up_to_date import up_to_date
 
     return up_to_date(out, made_from, non_finite)
 

@@ -18,13 +18,13 @@ from .compiled.surveying import conduct
 from .device import alone, raw
 from .errors import MergeError
 from .evaluate import Evaluation, Session
-from .journal import Finished, Journal
 from .limits import Limits
 from .node import Made, Shared, Step, Survey
 from .non_finite import Watch, count
 from .page_cache import Reading
 from .plan import Plan
 from .progress import Progress
+from .results.journal import Finished, Journal
 
 Put = Callable[[str, memoryview, int], None]  # some bytes of a tensor, at a byte of it
 

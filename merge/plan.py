@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from .cards.parent_cards import licence_note, read_cards
 from .checkpoint import Checkpoint
 from .companions import Companions
 from .dtypes import is_float
@@ -14,7 +15,6 @@ from .errors import MergeError, Mistake
 from .node import Finding, Node, Source, Step, Store, Survey, copy_of, sources, steps, surveys
 from .operator import Operator
 from .origins import strips
-from .parent_cards import licence_note, read_cards
 from .surveyed import Surveyed
 from .units import readable
 

@@ -13,11 +13,11 @@ from typing import Any, Literal, Self
 from .errors import OutputError
 from .files.digests import digest, digest_of_file
 from .files.json_file import TABLE_BYTES, parsed, read_bytes
-from .identity import Identity, package_version
 from .node import Finding, Store, Survey, steps
 from .origins import Strip, strips
 from .plan import Plan
 from .plugins.source_files import Plugins
+from .results.identity import Identity, package_version
 from .shown import json_text
 from .units import readable
 from .writer import Shard

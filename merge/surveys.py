@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from .differences.spectra import rank_of, spectrum
 from .errors import MergeError
 from .kernels import sums_over
 from .operator import Parts
-from .spectra import rank_of, spectrum
 
 Weights = tuple[float, float]
 

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from portmanteau import compositions, merge
 from portmanteau.compositions.reports import png, tables
-from portmanteau.merge.changes import Change
+from portmanteau.merge.differences.changes import Change
+from portmanteau.merge.differences.task_vectors import measure
 from portmanteau.merge.evaluate import GRID, Session
 from portmanteau.merge.operator import Parts
-from portmanteau.merge.task_vectors import measure
 from tests.conftest import SaveLlama
 
 COMMAND = str(Path(sys.executable).with_name("portmanteau"))

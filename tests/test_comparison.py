@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from portmanteau import compositions, merge
-from portmanteau.merge import delta_ranks as ranking
+from portmanteau.merge.differences import delta_ranks as ranking
+from portmanteau.merge.differences.task_vectors import Meeting, measure, met
 from portmanteau.merge.evaluate import GRID, Session
 from portmanteau.merge.operator import Parts
-from portmanteau.merge.task_vectors import Meeting, measure, met
 
 COMMAND = str(Path(sys.executable).with_name("portmanteau"))
 Save = Callable[[str, Mapping[str, Tensor]], Path]

@@ -24,8 +24,8 @@ from torch import Tensor
 from portmanteau import compositions, merge
 from portmanteau.merge import Checkpoint, Composed, MergeError, OutputError, Progress, exclusive, journal, output
 from portmanteau.merge.files.storage import PositionalFile
-from portmanteau.merge.journal import Finished, Journal
-from portmanteau.merge.output import Work
+from portmanteau.merge.results.journal import Finished, Journal
+from portmanteau.merge.results.output import Work
 
 SaveTensors = Callable[[str, Mapping[str, Tensor]], Path]
 
@@ -184,7 +184,7 @@ def test_another_setting_starts_anew(two: dict[str, Path], tmp_path: Path) -> No
 
 
 def test_other_code_starts_anew(two: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from portmanteau.merge import identity
+    from portmanteau.merge.results import identity
 
     end(two, tmp_path / "out")
     monkeypatch.setattr(identity, "_code", lambda: "edited")

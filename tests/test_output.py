@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from portmanteau import merge
 from portmanteau.merge import OutputError, StoredCheckpoint
-from portmanteau.merge import output as output_module
-from portmanteau.merge.output import published, readable
+from portmanteau.merge.results import output as output_module
+from portmanteau.merge.results.output import published, readable
 
 Usage = namedtuple("Usage", "total used free")
 

@@ -11,7 +11,7 @@ import yaml
 
 from portmanteau.merge import RecipeError
 from portmanteau.merge.errors import Mistake, nearest
-from portmanteau.merge.output import check_file
+from portmanteau.merge.results.output import check_file
 
 from ..reference import json_schema
 from ..reference_page import entry

@@ -12,7 +12,7 @@ from typing import Any
 from portmanteau.merge import OutputError, PortmanteauError, RecipeError, make_plan
 from portmanteau.merge.errors import Mistake
 from portmanteau.merge.files.places import nearby
-from portmanteau.merge.output import check_file, check_place
+from portmanteau.merge.results.output import check_file, check_place
 
 from ..compose import compose
 from ..recipe import text as recipe_text

@@ -9,7 +9,8 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any, Literal
 
 from portmanteau.merge import Checkpoint, MergeError, Progress, Survey
-from portmanteau.merge.delta_ranks import Rank, Ranks, delta_ranks
+from portmanteau.merge.differences.delta_ranks import Rank, Ranks, delta_ranks
+from portmanteau.merge.differences.task_vectors import Measured, measure
 from portmanteau.merge.dtypes import is_float
 from portmanteau.merge.errors import Mistake, PortmanteauError, some
 from portmanteau.merge.evaluate import Evaluation, Session, conduct, together
@@ -17,7 +18,6 @@ from portmanteau.merge.kernels import one_thread
 from portmanteau.merge.limits import Limits
 from portmanteau.merge.node import Inputs, surveys
 from portmanteau.merge.operator import Parts
-from portmanteau.merge.task_vectors import Measured, measure
 
 from ..matching import Matching, Met, match
 from .rows import Changes, Comparison, MeetingRow, Meetings, Row, Spot, spot

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
-from portmanteau.merge.changes import added
-from portmanteau.merge.task_vectors import met
+from portmanteau.merge.differences.changes import added
+from portmanteau.merge.differences.task_vectors import met
 
 from .rows import Changes, Comparison, Meetings, S, Spot, grouped, mean_rank
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeVar
 
-from portmanteau.merge.changes import Change, added
-from portmanteau.merge.delta_ranks import Rank
+from portmanteau.merge.differences.changes import Change, added
+from portmanteau.merge.differences.delta_ranks import Rank
+from portmanteau.merge.differences.task_vectors import Meeting, met
 from portmanteau.merge.names import Place
-from portmanteau.merge.task_vectors import Meeting, met
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # titles, and rows of cells
 OUTSIDE = "outside the layers"

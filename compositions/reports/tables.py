@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
-from portmanteau.merge.changes import Change
-from portmanteau.merge.task_vectors import Meeting
+from portmanteau.merge.differences.changes import Change
+from portmanteau.merge.differences.task_vectors import Meeting
 
 from .rows import Changes, Comparison, MeetingRow, Meetings, Row, Spot
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from portmanteau.merge import MergeError, OutputError
 from portmanteau.merge.errors import Mistake
-from portmanteau.merge.output import published
+from portmanteau.merge.results.output import published
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback

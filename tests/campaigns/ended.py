@@ -35,9 +35,9 @@ from pathlib import Path
 from typing import Any
 
 from portmanteau import cli, merge
-from portmanteau.merge import journal
-from portmanteau.merge.output import Work
 from portmanteau.merge.receipt import RECEIPT
+from portmanteau.merge.results import journal
+from portmanteau.merge.results.output import Work
 from tests.campaigns.recipes import RECIPES, contents, write_inputs
 
 _SPACE = 110 << 20  # of the small file system: a build asks for 64 MiB more than it writes

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError, Mistake, some
-from .files.digests import digest, digest_of_file, digest_of_run
-from .files.safetensors_header import PREFIX, Header, header_length, parse_header
-from .files.storage import PositionalFile
-from .limits import Limits
-from .progress import Progress
-from .receipt import RECEIPT, Receipt, read
+from ..errors import CheckpointError, Mistake, some
+from ..files.digests import digest, digest_of_file, digest_of_run
+from ..files.safetensors_header import PREFIX, Header, header_length, parse_header
+from ..files.storage import PositionalFile
+from ..limits import Limits
+from ..progress import Progress
+from ..receipt import RECEIPT, Receipt, read
 
 _AGAIN = "build it again with --force, or fetch it again"
 

@@ -31,7 +31,7 @@ from typing import Any, Self
 
 import blake3
 
-from .files.storage import sync_folder
+from ..files.storage import sync_folder
 
 SYNC_EVERY = 30.0  # seconds
 _CHECKSUM = 32  # hexadecimal digits

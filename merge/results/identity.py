@@ -11,12 +11,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .companions import Companions
-from .files.digests import digest
-from .node import Finding, Inputs, Made, Source, Step
-from .plan import Plan
-from .plugins.source_files import Plugins
-from .tensor_spec import TensorSpec
+from ..companions import Companions
+from ..files.digests import digest
+from ..node import Finding, Inputs, Made, Source, Step
+from ..plan import Plan
+from ..plugins.source_files import Plugins
+from ..tensor_spec import TensorSpec
 
 Identity = Mapping[str, str]
 _PACKAGES = ("merge", "compositions")

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from itertools import chain, combinations
 from typing import TYPE_CHECKING
 
+from ..errors import MergeError
+from ..kernels import Cut, largest, row_sums, select_largest
+from ..operator import Parts
 from .changes import Change
-from .errors import MergeError
-from .kernels import Cut, largest, row_sums, select_largest
-from .operator import Parts
 from .sums import total
 
 if TYPE_CHECKING:

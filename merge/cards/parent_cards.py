@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from .files.hub import CARD
-from .node import Store
+from ..files.hub import CARD
+from ..node import Store
 
 _MOST = 64 << 10  # bytes of a card that are looked at
 _FRONT = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*$", re.DOTALL | re.MULTILINE)

@@ -5,17 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from . import companions, model_card
-from .card_changes import CardChanges, with_changes
-from .checkpoint import Checkpoint
-from .errors import Mistake
-from .execute import Tools, carry_out, surveyed
-from .files.digests import digest, digest_of_file
-from .limits import Limits
-from .plan import make_plan
-from .progress import Progress
-from .receipt import Receipt
-from .writer import layout
+from .. import companions
+from ..cards import model_card
+from ..cards.card_changes import CardChanges, with_changes
+from ..checkpoint import Checkpoint
+from ..errors import Mistake
+from ..execute import Tools, carry_out, surveyed
+from ..files.digests import digest, digest_of_file
+from ..limits import Limits
+from ..plan import make_plan
+from ..progress import Progress
+from ..receipt import Receipt
+from ..writer import layout
 
 _OTHER = "an input, a plugin, portmanteau or torch is another one than then; the receipt names them"
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from .errors import OutputError
-from .shown import markdown
+from ..errors import OutputError
+from ..shown import markdown
 
 LAST = "\n`portmanteau.json` is the receipt"  # begins the last line of a card
 _NOTHING = "–"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from .errors import OutputError
+from ..errors import OutputError
+from ..receipt import RECEIPT, Receipt, read
 from .identity import Identity, differences
-from .receipt import RECEIPT, Receipt, read
 from .verify import damage
 
 

@@ -22,12 +22,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..errors import Mistake, OutputError
+from ..files.storage import sync_file, sync_folder
+from ..receipt import RECEIPT
+from ..units import readable
 from . import journal
-from .errors import Mistake, OutputError
 from .exclusive import holder, take
-from .files.storage import sync_file, sync_folder
-from .receipt import RECEIPT
-from .units import readable
 
 _LONGEST_NAME = 220  # bytes; 255 with what temporary names add
 _SLACK = 64 << 20  # room for companions and for what the file system keeps for itself

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import yaml
 
+from ..form import MODEL, Form
+from ..plan import Plan
+from ..receipt import choices
+from ..shown import code, fenced, markdown
 from .card_changes import LAST
-from .form import MODEL, Form
 from .parent_cards import carried, read_cards
-from .plan import Plan
-from .receipt import choices
-from .shown import code, fenced, markdown
 
 
 def text(plan: Plan, recipe: str | None, form: Form = MODEL) -> str:

@@ -1,0 +1,1 @@
+"""Model cards: what those of parents say, and what a result's says."""

@@ -1,0 +1,1 @@
+"""How checkpoints differ: sums over changes and task vectors, tensor by tensor, and the ranks of changes."""
