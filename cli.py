@@ -36,7 +36,7 @@ from portmanteau.compositions.terminal.options import (
 from portmanteau.compositions.terminal.printing import notes, put, put_json, put_table, say
 from portmanteau.merge.files.upload import Target, check_target
 from portmanteau.merge.limits import MEMORY, Limits
-from portmanteau.merge.output import check_file
+from portmanteau.merge.results.output import check_file
 
 app = typer.Typer(
     no_args_is_help=True,
