@@ -22,8 +22,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from portmanteau import compositions, merge
-from portmanteau.merge import Checkpoint, Composed, MergeError, OutputError, Progress, exclusive, journal, output
+from portmanteau.merge import Checkpoint, Composed, MergeError, OutputError, Progress
 from portmanteau.merge.files.storage import PositionalFile
+from portmanteau.merge.results import exclusive, journal, output
 from portmanteau.merge.results.journal import Finished, Journal
 from portmanteau.merge.results.output import Work
 

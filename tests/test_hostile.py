@@ -28,9 +28,10 @@ from torch import Tensor
 from portmanteau import merge
 from portmanteau.cli import main
 from portmanteau.compositions import compose, extract_lora, load
-from portmanteau.merge import describe, model_card
+from portmanteau.merge import describe
 from portmanteau.merge.adapters.folder import CONFIG
 from portmanteau.merge.adapters.module_pattern import ModulePatterns
+from portmanteau.merge.cards import model_card
 from portmanteau.merge.companions import Companions, vocabulary
 from portmanteau.merge.errors import Mistake
 from portmanteau.merge.files.json_file import TABLE_BYTES, read_json
