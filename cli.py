@@ -6,7 +6,7 @@ strings: typer reads those of all commands at every start, and would evaluate th
 
 import gc
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -64,6 +64,7 @@ def build(
 ) -> None:
     """Plan and build: write the model that a recipe asks for. A build that was ended is continued."""
     from portmanteau.compositions.build_recipe import build_recipe
+    from portmanteau.merge.receipt import read
 
     if push:
         check_target(Target(push, public), force=force)
@@ -80,12 +81,13 @@ def build(
             locked=locked,
             progress=progress,
         )
-    if as_json:
-        put_json({"out": str(out), **asdict(receipt)})
-    else:
+    if not as_json:
         results.built(out, receipt)
     if push:
         _publish(out, Target(push, public), changes)
+        receipt = replace(read(out), outcome=receipt.outcome)  # it tells of the changes now
+    if as_json:
+        put_json({"out": str(out), **asdict(receipt)})
 
 
 @app.command()

@@ -369,6 +369,8 @@ def test_the_published_card_tells_the_change_from_each_parent(hub: Hub, recipe: 
         "| ./swahili | 25 % | 100 % | 0.5 | 1 |",
     ]
     assert "| parent | relative norm | entries changed | mean \\|δ\\| | tensors |\n" in card(hub)
+    told = hub.run("build", recipe, "out", "--push", "me/mean", "--force", "--json", cwd=recipe.parent)
+    assert json.loads(told.stdout)["changes"]["parents"][0]["relative_norm"] == 0.5
     assert card(hub).splitlines()[-1].startswith("`portmanteau.json` is the receipt")
 
 
