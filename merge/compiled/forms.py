@@ -48,7 +48,7 @@ class WeightedSum:
 
 @dataclass(frozen=True)
 class ByInnerProducts:
-    """A sum whose weights follow from the inner products of the models."""
+    """A sum of two models whose weights follow from their inner products."""
 
     weights: Callable[[InnerProducts], tuple[float, ...]]
     revisits = True

@@ -175,6 +175,8 @@ API WIDE void weighted_sum(
 
 /* ---- sums over rows, halved until one number is left; what is lacking of the last row counts as zero */
 
+#define EIGHTH (ROW / 8)
+
 typedef double term(const float *a, const float *b, size_t i);
 
 INLINE double product(const float *a, const float *b, size_t i) { return (double)a[i] * (double)b[i]; }
@@ -184,47 +186,44 @@ INLINE double magnitude(const float *a, const float *b, size_t i) {
     return fabsf(a[i]);
 }
 
-/* What the first four halvings leave at a place: its terms, added up in registers. */
+/* What the first three halvings leave at a place: its terms, added up in registers. */
 INLINE double two(term of, const float *a, const float *b, size_t i) { return of(a, b, i) + of(a, b, i + ROW / 2); }
 INLINE double four(term of, const float *a, const float *b, size_t i) {
     return two(of, a, b, i) + two(of, a, b, i + ROW / 4);
 }
 INLINE double eight(term of, const float *a, const float *b, size_t i) {
-    return four(of, a, b, i) + four(of, a, b, i + ROW / 8);
-}
-INLINE double sixteen(term of, const float *a, const float *b, size_t i) {
-    return eight(of, a, b, i) + eight(of, a, b, i + ROW / 16);
+    return four(of, a, b, i) + four(of, a, b, i + EIGHTH);
 }
 
-INLINE double row_sum(term of, const float *a, const float *b) {
-    double sums[ROW / 16];
-    for (size_t i = 0; i < ROW / 16; i++) sums[i] = sixteen(of, a, b, i);
-    for (size_t half = ROW / 32; half > 0; half /= 2)
+/* Halve what these leave until one number is left. */
+INLINE double halved(double *restrict sums) {
+    for (size_t half = EIGHTH / 2; half > 0; half /= 2)
         for (size_t i = 0; i < half; i++) sums[i] += sums[i + half];
     return sums[0];
 }
 
-/* The inner products of all pairs i <= j: sums[pair][row], pairs in the order (0, 0), (0, 1), …, (1, 1), … */
-API WIDE void inner_products(
-    size_t entries, int models, const tensor *inputs, tensor base, float *scratch /* [models][ROW] */, double *sums
-) {
-    float below[ROW];
+INLINE void load_row(float *restrict to, tensor from, size_t start, size_t count) {
+    load(to, from.data, from.dtype, start, count);
+    for (size_t i = count; i < ROW; i++) to[i] = 0.0f;
+}
+
+/* The inner products of two tensors: sums[3][row], of the first with itself, of both, of the second with itself. */
+API WIDE void inner_products(size_t entries, tensor first, tensor second, double *sums) {
+    float a[ROW], b[ROW];
+    double own[EIGHTH], both[EIGHTH], other[EIGHTH];
     size_t rows = (entries + ROW - 1) / ROW;
     for (size_t row = 0; row < rows; row++) {
         size_t start = row * ROW, count = block_at(start, entries, ROW);
-        const float *from = base.data ? below : NULL;
-        if (from) load(below, base.data, base.dtype, start, count);
-        for (int model = 0; model < models; model++) {
-            load_vector(scratch + model * ROW, inputs[model], from, start, count);
-            for (size_t i = count; i < ROW; i++) scratch[model * ROW + i] = 0.0f;
+        load_row(a, first, start, count);
+        load_row(b, second, start, count);
+        for (size_t i = 0; i < EIGHTH; i++) { /* in one loop, so that each entry is widened once */
+            own[i] = eight(product, a, a, i);
+            both[i] = eight(product, a, b, i);
+            other[i] = eight(product, b, b, i);
         }
-        double *sum = sums + row;
-        for (int one = 0; one < models; one++) {
-            for (int other = one; other < models; other++, sum += rows) {
-                const float *a = scratch + one * ROW, *b = scratch + other * ROW;
-                *sum = row_sum(product, a, b);
-            }
-        }
+        sums[row] = halved(own);
+        sums[rows + row] = halved(both);
+        sums[2 * rows + row] = halved(other);
     }
 }
 
@@ -486,6 +485,7 @@ API WIDE void magnitudes(
     size_t entries, tensor input, tensor base, const thinning *how, int64_t index, double *sums
 ) {
     float one[ROW], below[ROW];
+    double terms[EIGHTH];
     size_t rows = (entries + ROW - 1) / ROW;
     thinning keep = *how;
     keep.factor = 1.0f;
@@ -494,9 +494,11 @@ API WIDE void magnitudes(
         if (base.data) load(below, base.data, base.dtype, start, count);
         load_vector(one, input, base.data ? below : NULL, start, count);
         for (size_t i = count; i < ROW; i++) one[i] = 0.0f;
-        sums[row] = row_sum(magnitude, one, NULL);
+        for (size_t i = 0; i < EIGHTH; i++) terms[i] = eight(magnitude, one, NULL, i);
+        sums[row] = halved(terms);
         thin(one, keep, (uint64_t)index + start, count);
-        sums[rows + row] = row_sum(magnitude, one, NULL);
+        for (size_t i = 0; i < EIGHTH; i++) terms[i] = eight(magnitude, one, NULL, i);
+        sums[rows + row] = halved(terms);
     }
 }
 

@@ -58,7 +58,7 @@ _SIGNATURES: dict[str, tuple[Any, Sequence[Any]]] = {
         None,
         (c_size_t, c_int, POINTER(Stored), _Floats, Stored, c_float, c_float, c_void_p, c_int),
     ),
-    "inner_products": (None, (c_size_t, c_int, POINTER(Stored), Stored, _Floats, _Doubles)),
+    "inner_products": (None, (c_size_t, Stored, Stored, _Doubles)),
     "count_digits": (None, (c_size_t, Stored, Stored, c_size_t, c_int64, POINTER(c_uint32))),
     "find_digit": (None, (POINTER(c_uint32), c_int64, POINTER(c_int64))),
     "sift": (c_int64, (c_size_t, Stored, Stored, c_uint32, c_uint32, c_void_p, c_size_t, POINTER(c_int64))),

@@ -5,7 +5,6 @@ Each gives what its namesake in merge/kernels.py, merge/inner_products.py or mer
 
 from __future__ import annotations
 
-import itertools
 import math
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,18 +22,15 @@ _ROOM = 1 << 22  # entries near a boundary that may be held in memory; where the
 
 
 def inner_products(whole: Whole) -> InnerProducts:
-    """Measure the inner products of whole tensors, as merge/inner_products.py does."""
-    sums: list[list[list[float]]] = []
-    count = 0
+    """Measure the inner products of two whole tensors, as merge/inner_products.py does."""
+    sums: tuple[list[float], list[float], list[float]] = [], [], []
     for run in whole.runs():
-        count = len(run.models)
-        pairs, rows = count * (count + 1) // 2, -(-run.count // ROW)
-        found, scratch = (c_double * (pairs * rows))(), (c_float * (count * ROW))()
-        functions().inner_products(run.count, count, run.models, run.base, scratch, found)
-        every = list(found)
-        sums.append([every[i * rows : (i + 1) * rows] for i in range(pairs)])
-    columns = zip(*sums, strict=True)
-    return squared(count, [exact_sum(itertools.chain.from_iterable(column)) for column in columns])
+        rows = -(-run.count // ROW)
+        found = (c_double * (3 * rows))()
+        functions().inner_products(run.count, *run.models, found)
+        for i, pair in enumerate(sums):
+            pair.extend(found[i * rows : (i + 1) * rows])
+    return squared(2, [exact_sum(pair) for pair in sums])
 
 
 def l1_factors(whole: Whole, limits: Mapping[int, Thinning]) -> dict[int, float]:
