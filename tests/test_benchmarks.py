@@ -143,6 +143,12 @@ def test_memory_is_that_of_all_processes_together(tmp_path: Path) -> None:
     assert seconds >= 1
 
 
+def test_a_process_that_has_just_ended_is_no_error() -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    assert [*script("process")._tree(ended.pid)] == [ended.pid]
+
+
 @pytest.mark.mergekit
 def test_peer_and_we_swap_the_same_layers(tmp_path: Path) -> None:
     rows = script("rows")

@@ -80,13 +80,20 @@ class _Watch(threading.Thread):
 def _tree(pid: int) -> Iterator[int]:
     """Go through a process and its descendants, as far as this system tells."""
     yield pid
-    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+    for children in _lists_of_children(pid):
         try:
             found = children.read_text().split()
         except OSError:  # it has just ended
             continue
         for child in found:
             yield from _tree(int(child))
+
+
+def _lists_of_children(pid: int) -> Sequence[Path]:
+    try:
+        return [*Path(f"/proc/{pid}/task").glob("*/children")]
+    except OSError:  # it has just ended
+        return ()
 
 
 def _resident(pid: int) -> int:
