@@ -247,9 +247,12 @@ def _do(
     force: Annotated[bool, typer.Option(help="Replace an earlier result, and its recipe.")] = False,
     threads: Threads = None,
     memory: Memory = MEMORY,
+    device: Device = "cpu",
+    non_finite: NonFinite = "error",
     as_json: Json = False,
     push: Push = None,
     public: Public = False,
+    changes: Changes = True,
     **given: Any,
 ) -> None:
     """Write the recipe that the options of a composition or an operator ask for, and build it."""
@@ -263,7 +266,19 @@ def _do(
     if push:
         check_target(Target(push, public), force=force)
     write_beside(made, out, force=force)
-    build(made.file, out, threads=threads, memory=memory, force=force, as_json=as_json, push=push, public=public)
+    build(
+        made.file,
+        out,
+        threads=threads,
+        memory=memory,
+        device=device,
+        force=force,
+        non_finite=non_finite,
+        as_json=as_json,
+        push=push,
+        public=public,
+        changes=changes,
+    )
 
 
 _DO_HELP = "Build from options: writes the recipe OUT.yaml and builds it."

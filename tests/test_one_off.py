@@ -175,6 +175,15 @@ def test_the_same_command_again_goes_on_with_the_recipe_that_it_wrote(models: Pa
     assert run(*words)[0] == 0
 
 
+def test_infinity_is_refused_or_built_as_it_is_told(models: Path, run: Run) -> None:
+    save_file({"model.norm.weight": torch.full((1,), torch.inf)}, models / "models" / "infinite.safetensors")
+    words = ("copy", "--model", "models/infinite.safetensors", "out")
+    assert run(*words)[0] == 1
+    status, _, told = run(*words, "--force", "--non-finite", "warn")
+    assert status == 0, told
+    assert values(models / "out") == {"model.norm.weight": torch.inf}
+
+
 def test_mistakes_name_their_options_all_at_once(models: Path, run: Run) -> None:
     words = ["--task", "models/mth", "--language", "models/swahili", "--bottom", "x", "--blend", "3", "--modules", "{a"]
     status, out, errors = run("layer_swap", *words, "out")
