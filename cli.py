@@ -85,8 +85,8 @@ def build(
         results.built(out, receipt)
     if push:
         _publish(out, Target(push, public), changes)
-        receipt = replace(read(out), outcome=receipt.outcome)  # it tells of the changes now
     if as_json:
+        receipt = replace(read(out), outcome=receipt.outcome) if push else receipt  # it may tell of the changes now
         put_json({"out": str(out), **asdict(receipt)})
 
 

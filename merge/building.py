@@ -94,14 +94,14 @@ def build(
     limits.session(plan)  # a budget that is too small is refused here
     options = {"dtype": dtype and parse(dtype), "size of shards": shard_size, "device": device}
     plugins = source_files(plan.operators)
-    made_from = identity(plan, recipe=recipe, options=options, beside=beside, plugins=plugins)
+    as_begun = inputs(plan)
+    made_from = identity(plan, recipe=recipe, options=options, read=as_begun, beside=beside, plugins=plugins)
     healed(out)
     earlier = "" if force else _standing(out, made_from, non_finite)
     if isinstance(earlier, Receipt):
         return earlier
     check_place(out, nbytes=plan.bytes_written, force=force, since=earlier)
     text = _of_recipe(recipe, recipe_folder, out) if recipe is not None else None
-    as_begun = inputs(plan)
     with published(out, fresh=fresh, check=partial(check_name, out, force=force)) as work:
         watch = Watch() if non_finite != "keep" else None
         making = _Build(limits, progress, watch, non_finite, made_from, plugins, work)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import POINTER, Array, c_double, c_float, c_int, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
+from ctypes import POINTER, c_double, c_float, c_int, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -96,11 +96,6 @@ _SIGNATURES: dict[str, tuple[Any, Sequence[Any]]] = {
 
 
 Histograms = c_uint32 * (LANES << 16)  # of one digit, side by side
-
-
-def lanes() -> Array[c_uint32]:
-    """Give empty histograms."""
-    return Histograms()
 
 
 def functions() -> Any:

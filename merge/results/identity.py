@@ -27,7 +27,13 @@ class _UnknownError(Exception):
 
 
 def identity(
-    plan: Plan, *, recipe: str | None, options: Mapping[str, Any], beside: Companions, plugins: Plugins
+    plan: Plan,
+    *,
+    recipe: str | None,
+    options: Mapping[str, Any],
+    read: Identity,
+    beside: Companions,
+    plugins: Plugins,
 ) -> Identity | None:
     """Give what decides about the bytes of a result; None where a later process could not tell whether it is the same.
 
@@ -38,6 +44,7 @@ def identity(
         plan: the plan, before its surveys are carried out.
         recipe: the recipe's text; what it leaves open the plan says.
         options: what was asked for beside it.
+        read: the marks of the inputs.
         beside: the companions.
         plugins: where operators of others come from.
 
@@ -50,7 +57,7 @@ def identity(
         return None
     found = {"the recipe": digest((recipe or "").encode()), "the plan": steps}
     found |= {f"the {name}": str(value) for name, value in options.items()}
-    found |= inputs(plan)
+    found |= read
     for files in plugins.values():
         found |= {f"the plugin's source {name}": mark for name, mark in files.items()}
     return {**found, **_of_companions(beside), "the version of portmanteau or torch": versions()}

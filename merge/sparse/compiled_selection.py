@@ -9,7 +9,7 @@ from ctypes import Array, addressof, c_float, c_int64, c_uint32, sizeof, string_
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
-from ..compiled.library import HIGHER, functions, lanes
+from ..compiled.library import HIGHER, Histograms, functions
 from ..compiled.runs import Run
 from ..compiled.surveying import Runs
 from ..errors import MergeError
@@ -61,7 +61,7 @@ def _histogram(groups: Groups, high: int) -> list[int]:
 
     def count(run: Run) -> None:
         if getattr(own, "left", 0) < run.count:  # this thread begins, or its lanes could overflow
-            own.lanes, own.left = lanes(), _UNTIL_FULL
+            own.lanes, own.left = Histograms(), _UNTIL_FULL
             every_lanes.append(own.lanes)
         own.left -= run.count
         functions().count_digits(run.count, run.models[0], run.base, 1, high, own.lanes)
@@ -122,7 +122,7 @@ def _sifted(groups: Groups, count: int, low: int, high: int) -> Found | None:
     if not 0 < wanted <= held // sizeof(c_uint32):
         return None
     among, at = (c_int64 * 3)(), addressof(c_uint32.from_buffer(region))
-    functions().find_among(at, held // sizeof(c_uint32), wanted, lanes(), among)
+    functions().find_among(at, held // sizeof(c_uint32), wanted, Histograms(), among)
     boundary, ties = among[0], wanted - among[1]
     counts, equals = empty(groups), empty(groups)
     for name, sizes, above in pieces:
