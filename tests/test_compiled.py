@@ -20,6 +20,7 @@ from portmanteau.merge.dtypes import torch_dtype
 from portmanteau.merge.evaluate import Evaluation, Session
 from portmanteau.merge.kernels import one_thread
 from portmanteau.merge.node import Inputs, Source, Step
+from portmanteau.merge.non_finite import Watch
 from portmanteau.merge.registry import find, operators
 from tests.conftest import WithoutLibrary
 from tests.imports import heavy_imports
@@ -97,7 +98,7 @@ def by_torch(step: Step) -> bytes:
     return b"".join(values.contiguous().view(torch.uint8).numpy().tobytes() for values in parts)
 
 
-def compiled(step: Step, **chosen: int) -> bytes:
+def compiled(step: Step, **chosen: Any) -> bytes:
     session = Session(**chosen)
     assert making.is_compiled(step, session)
     return b"".join(bytes(part) for part in making.made(step, session))
@@ -121,7 +122,7 @@ def test_the_compiled_form_gives_the_bits_of_the_definition(name: str, seed: int
 def test_a_boundary_is_found_wherever_the_first_look_expects_it(
     density: float, room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first look sees one row of 4096 in sixteen: here these are larger than all others, and all others equal."""
+    """The first look sees one row of 4096 in sixteen of a run: these are larger than all others, which are equal."""
     monkeypatch.setattr(measures, "_ROOM", room)
     delta = torch.full((200, 4096), 0.5)
     delta[::16] = torch.linspace(1.0, 2.0, 4096)
@@ -133,6 +134,26 @@ def test_a_boundary_is_found_wherever_the_first_look_expects_it(
     made = torch.frombuffer(bytearray(compiled(step)), dtype=torch.float32)
     assert int((made != 0).sum()) == int(density * 200 * 4096)
     assert compiled(step) == compiled(step, part=1 << 16, keep=0) == by_torch(step)
+
+
+@pytest.mark.parametrize("largest", [0, 1 << 27])
+@pytest.mark.parametrize("entry", [0.5, float("inf"), float("nan")])
+@pytest.mark.parametrize("entries", [4097, 200_003])
+def test_what_is_drawn_twice_is_the_same_marked_or_drawn_anew(
+    entries: int, entry: float, largest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measures, "_MARKED", largest)
+    draw = random.Random(entries)
+    tensors = {name: drawn(draw, entries, "BF16") for name in ("base", "one", "two")}
+    tensors["two"][entries - 2] = entry
+    memory = merge.InMemory("memory", tensors)
+    inputs = Inputs((memory.node("one"), memory.node("two")), memory.node("base"))
+    settings = {"density": (0.3, 1.0), "rescale": "l1", "elect": "weighted", "seed": 7}
+    step = Step(TensorSpec("tensor", "BF16", (entries,)), find("dare"), settings, inputs, ("one", "two"))
+    watch = Watch()
+    assert compiled(step, part=1 << 16, watch=watch) == by_torch(step)
+    watch.settle_inputs()
+    assert len(watch.found) == (0 if entry == 0.5 else 1)
 
 
 def test_steps_inside_steps_are_made_in_fp32_and_cast_once() -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from ctypes import c_float
 from dataclasses import dataclass, replace
 
 from ..inner_products import InnerProducts
 from ..kernels import Cut, random_key
 from .library import BLOCK, Merging, Thinning, functions
-from .measures import inner_products, l1_factors, largest, sifting_size
+from .measures import inner_products, l1_norms, largest, marks_size, sifting_size
 from .runs import Run, Whole
 
 _ELECT = {"none": 0, "weighted": 1, "unweighted": 2}
@@ -82,6 +83,11 @@ class Thin:
     share: float | None = None
     factor: float | None = 1.0
 
+    @property
+    def is_drawn_twice(self) -> bool:
+        """Tell whether what is drawn is needed before the result is made, to measure."""
+        return self.share is not None and self.factor is None
+
 
 @dataclass(frozen=True)
 class ThinnedSum:
@@ -93,6 +99,8 @@ class ThinnedSum:
         elect, divide, scale: how they are added up; as in merge/thinning.py.
         seed: picks the random streams.
         limits: the rules as the library takes them, once they are measured.
+        spreads: whether an entry that is NaN or infinite in any of the tensors is so in the result. What is trimmed is
+            gone; but where the magnitudes of all deltas have finite sums, there is none.
 
     """
 
@@ -103,7 +111,7 @@ class ThinnedSum:
     scale: float
     seed: int = 0
     limits: tuple[Thinning, ...] = ()
-    spreads = False  # what is trimmed is gone
+    spreads: bool = False
 
     @property
     def revisits(self) -> bool:
@@ -111,7 +119,10 @@ class ThinnedSum:
         return any(one.kept is not None or one.factor is None for one in self.thin)
 
     def scratch(self, entries: int) -> int:
-        """Tell how many bytes it needs beside tensors of so many entries: to find the boundaries."""
+        """Tell how many bytes it needs beside tensors of so many entries: to find the boundaries, and for marks."""
+        return self._sifting_size(entries) + sum(one.is_drawn_twice for one in self.thin) * marks_size(entries)
+
+    def _sifting_size(self, entries: int) -> int:
         return sifting_size(sum(one.kept is not None for one in self.thin), entries)
 
     def measured(self, whole: Whole) -> ThinnedSum:
@@ -121,10 +132,20 @@ class ThinnedSum:
         limits = [
             self._limit(one, cut, whole.streams[i]) for i, (one, cut) in enumerate(zip(self.thin, cuts, strict=True))
         ]
+        self._place_marks(limits, whole)
         unknown = {model: limits[model] for model, one in enumerate(self.thin) if one.factor is None}
-        for model, factor in l1_factors(whole, unknown).items():
-            limits[model].factor = factor
-        return replace(self, limits=tuple(limits))
+        norms = l1_norms(whole, unknown)
+        for model, (every, kept) in norms.items():
+            limits[model].factor = every / kept if kept > 0 else 1.0
+        are_finite = len(norms) == len(limits) and all(math.isfinite(every) for every, _ in norms.values())
+        return replace(self, limits=tuple(limits), spreads=are_finite)
+
+    def _place_marks(self, limits: Sequence[Thinning], whole: Whole) -> None:
+        """Say where the marks of what is drawn twice lie."""
+        size, free = marks_size(whole.entries), whole.scratch + self._sifting_size(whole.entries)
+        for one, limit in zip(self.thin, limits, strict=True):
+            if one.is_drawn_twice and size:
+                limit.marks, free = free, free + size
 
     def _limit(self, one: Thin, cut: Cut | None, stream: int) -> Thinning:
         factor = 1.0 if one.factor is None else one.factor

@@ -17,7 +17,8 @@
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__gnu_linux__) && !defined(PORTABLE)
 #include <immintrin.h>
 #define WIDE __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#define COMPRESSES __attribute__((target("avx512f,avx512vl")))
+#define MASKS __attribute__((target("avx512f,avx512vl,avx512dq"))) /* written by hand where vectors have masks */
+#define HAS_MASKS (__builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
 #else
 #define WIDE
 #endif
@@ -49,6 +50,7 @@ typedef struct {
     int64_t last; /* the last index, in the whole tensor, that an entry of exactly this magnitude may have */
     uint64_t key; /* of the random stream */
     uint64_t limit; /* kept where the draw, of 53 bits, is below it */
+    uint8_t *marks; /* what is drawn for the whole tensor, once it is: bit i % 8 of byte i / 8; NULL: it is drawn anew */
 } thinning;
 
 /* How thinned deltas are added up. */
@@ -128,6 +130,18 @@ INLINE void load_vector(float *restrict to, tensor from, const float *restrict b
     load(to, from.data, from.dtype, start, count);
     if (base)
         for (size_t i = 0; i < count; i++) to[i] -= base[i];
+}
+
+/* Load at most a row of one model: its weights, or minus those of the base, where there is one. */
+INLINE void load_delta(float *restrict to, tensor from, tensor base, size_t start, size_t count) {
+    float below[ROW];
+    if (base.data && from.dtype == BF16 && base.dtype == BF16) { /* in one go */
+        const uint16_t *raw = (const uint16_t *)from.data + start, *under = (const uint16_t *)base.data + start;
+        for (size_t i = 0; i < count; i++) to[i] = of_bits((uint32_t)raw[i] << 16) - of_bits((uint32_t)under[i] << 16);
+        return;
+    }
+    if (base.data) load(below, base.data, base.dtype, start, count);
+    load_vector(to, from, base.data ? below : NULL, start, count);
 }
 
 INLINE void finish(
@@ -237,12 +251,11 @@ API WIDE void count_digits(
     size_t entries, tensor input, tensor base, size_t every, int64_t high /* -1: count the higher ones */,
     uint32_t *restrict lanes /* [LANES][1 << 16] */
 ) {
-    float one[ROW], below[ROW];
+    float one[ROW];
     uint32_t bits[ROW];
     for (size_t start = 0; start < entries; start += ROW * every) {
         size_t count = block_at(start, entries, ROW);
-        if (base.data) load(below, base.data, base.dtype, start, count);
-        load_vector(one, input, base.data ? below : NULL, start, count);
+        load_delta(one, input, base, start, count);
         for (size_t i = 0; i < count; i++) bits[i] = bits_of(one[i]) & 0x7fffffffu;
         if (high < 0) {
             for (size_t i = 0; i < count; i++) lanes[((i % LANES) << 16) | bits[i] >> 16]++;
@@ -272,8 +285,8 @@ API void find_digit(const uint32_t *lanes, int64_t wanted, int64_t found[3]) {
     }
 }
 
-#ifdef COMPRESSES
-COMPRESSES static size_t compressed(const uint32_t *bits, uint32_t low, uint32_t high, size_t count, uint32_t *where) {
+#ifdef MASKS
+MASKS static size_t compressed(const uint32_t *bits, uint32_t low, uint32_t high, size_t count, uint32_t *where) {
     __m512i lowest = _mm512_set1_epi32((int)low), width = _mm512_set1_epi32((int)(high - low));
     __m512i place = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     size_t found = 0;
@@ -291,8 +304,8 @@ COMPRESSES static size_t compressed(const uint32_t *bits, uint32_t low, uint32_t
 
 /* Find the entries of a block whose bits lie in [low, high): their positions in it, ascending; gives how many there are. */
 INLINE size_t within(const uint32_t *restrict bits, uint32_t low, uint32_t high, size_t count, uint32_t *restrict where) {
-#ifdef COMPRESSES
-    if (__builtin_cpu_supports("avx512vl")) return compressed(bits, low, high, count, where);
+#ifdef MASKS
+    if (HAS_MASKS) return compressed(bits, low, high, count, where);
 #endif
     uint8_t marks[BLOCK];
     size_t total = 0, found = 0;
@@ -319,14 +332,13 @@ INLINE int64_t sift_rows(
     size_t start, size_t stop, tensor input, tensor base, uint32_t low, uint32_t high, uint32_t *kept, size_t room,
     int64_t *above
 ) {
-    float one[BLOCK], below[BLOCK];
+    float one[BLOCK];
     uint32_t bits[BLOCK], where[BLOCK + 16];
     size_t total = 0;
     int64_t larger = 0;
     for (; start < stop; start += BLOCK) {
         size_t count = block_at(start, stop, BLOCK);
-        if (base.data) load(below, base.data, base.dtype, start, count);
-        load_vector(one, input, base.data ? below : NULL, start, count);
+        load_delta(one, input, base, start, count);
         uint32_t here = 0;
         for (size_t i = 0; i < count; i++) {
             bits[i] = bits_of(one[i]) & 0x7fffffffu;
@@ -383,15 +395,14 @@ API WIDE size_t take_selected(
     size_t entries, tensor input, tensor base, uint32_t boundary, const int64_t *ties, int64_t index, size_t skip,
     size_t most, int64_t *positions, float *values
 ) {
-    float one[BLOCK], below[BLOCK];
+    float one[BLOCK];
     uint32_t bits[BLOCK], where[BLOCK + 16];
     size_t written = 0;
     int64_t left = 0;
     for (size_t start = 0; start < entries && written < most; start += BLOCK) {
         size_t count = block_at(start, entries, BLOCK), found = 0;
         if (start % GRID == 0) left = ties[start / GRID];
-        load(below, base.data, base.dtype, start, count);
-        load_vector(one, input, below, start, count);
+        load_delta(one, input, base, start, count);
         for (size_t i = 0; i < count; i++) bits[i] = bits_of(one[i]) & 0x7fffffffu;
         size_t all = within(bits, left > 0 ? boundary : boundary + 1, 0x80000000u, count, where);
         if (left > 0) {
@@ -429,13 +440,12 @@ API void find_among(const uint32_t *bits, size_t count, int64_t wanted, uint32_t
 
 /* The position of the ordinal-th entry (from 1) of exactly this magnitude; -(how many there are) - 1 where there are fewer. */
 API WIDE int64_t find_equal(size_t entries, tensor input, tensor base, float value, int64_t ordinal) {
-    float one[BLOCK], below[BLOCK];
+    float one[BLOCK];
     int64_t passed = 0;
     for (size_t start = 0; start < entries; start += BLOCK) {
         size_t count = block_at(start, entries, BLOCK);
         int64_t here = 0;
-        if (base.data) load(below, base.data, base.dtype, start, count);
-        load_vector(one, input, base.data ? below : NULL, start, count);
+        load_delta(one, input, base, start, count);
         for (size_t i = 0; i < count; i++) here += fabsf(one[i]) == value;
         if (passed + here >= ordinal)
             for (size_t i = 0; i < count; i++)
@@ -456,6 +466,64 @@ INLINE uint64_t drawn(uint64_t state) {
     return (state ^ state >> 31) >> 11;
 }
 
+#ifdef MASKS
+MASKS static void draw_by_masks(uint64_t state, uint64_t limit, size_t count, uint8_t *marks) {
+    __m512i low = _mm512_set1_epi64((int64_t)0xbf58476d1ce4e5b9u), high = _mm512_set1_epi64((int64_t)0x94d049bb133111ebu);
+    __m512i most = _mm512_set1_epi64((int64_t)limit), step = _mm512_set1_epi64((int64_t)(8 * GOLDEN));
+    __m512i lanes = _mm512_set_epi64(8, 7, 6, 5, 4, 3, 2, 1);
+    __m512i next = _mm512_mullo_epi64(lanes, _mm512_set1_epi64((int64_t)GOLDEN));
+    next = _mm512_add_epi64(next, _mm512_set1_epi64((int64_t)state));
+#pragma GCC unroll 4
+    for (size_t i = 0; i < count; i += 8) {
+        __m512i now = _mm512_mullo_epi64(_mm512_xor_si512(next, _mm512_srli_epi64(next, 30)), low);
+        now = _mm512_mullo_epi64(_mm512_xor_si512(now, _mm512_srli_epi64(now, 27)), high);
+        now = _mm512_srli_epi64(_mm512_xor_si512(now, _mm512_srli_epi64(now, 31)), 11);
+        marks[i / 8] = _mm512_cmplt_epu64_mask(now, most);
+        next = _mm512_add_epi64(next, step);
+    }
+}
+
+MASKS static void keep_by_masks(float *delta, const uint8_t *marks, float factor, size_t count) {
+    __m512 by = _mm512_set1_ps(factor);
+    for (size_t i = 0; i < count; i += 16) {
+        __mmask16 kept;
+        memcpy(&kept, marks + i / 8, 2);
+        _mm512_storeu_ps(delta + i, _mm512_mul_ps(_mm512_maskz_loadu_ps(kept, delta + i), by));
+    }
+}
+#endif
+
+/* Draw which of a block's entries are kept, the first of which has this index in the whole tensor: whole bytes of marks. */
+INLINE void draw(thinning how, uint64_t index, size_t count, uint8_t *restrict marks) {
+    uint64_t state = how.key + index * GOLDEN, eight;
+    uint8_t kept[ROW];
+#ifdef MASKS
+    if (HAS_MASKS) {
+        draw_by_masks(state, how.limit, count, marks);
+        return;
+    }
+#endif
+    for (size_t i = 0; i < count; i++) kept[i] = drawn(state += GOLDEN) < how.limit;
+    for (size_t i = count; i % 8; i++) kept[i] = 0;
+    for (size_t i = 0; i < count; i += 8) {
+        memcpy(&eight, kept + i, 8);
+        marks[i / 8] = (uint8_t)(eight * 0x0102040810204080u >> 56); /* one bit of each byte; as the bytes lie: little-endian */
+    }
+}
+
+/* Keep what is marked of a block, times a factor. */
+INLINE void keep_marked(float *restrict delta, const uint8_t *restrict marks, float factor, size_t count) {
+    size_t whole = 0;
+#ifdef MASKS
+    if (HAS_MASKS) keep_by_masks(delta, marks, factor, whole = count / 16 * 16);
+#endif
+    for (size_t i = whole; i < count; i += 8) {
+        size_t last = count - i < 8 ? count - i : 8;
+        uint32_t eight = marks[i / 8];
+        for (size_t k = 0; k < last; k++) delta[i + k] = of_bits(bits_of(delta[i + k]) & -(eight >> k & 1)) * factor;
+    }
+}
+
 /* Thin a block of a delta whose first entry has this index in the whole tensor. */
 INLINE void thin(float *restrict delta, thinning how, uint64_t index, size_t count) {
     if (how.kind == 1) {
@@ -472,33 +540,61 @@ INLINE void thin(float *restrict delta, thinning how, uint64_t index, size_t cou
             }
         }
     } else if (how.kind == 2) {
-        uint64_t state = how.key + index * GOLDEN;
-        for (size_t i = 0; i < count; i++) {
-            uint32_t kept = drawn(state += GOLDEN) < how.limit ? 0xffffffffu : 0u;
-            delta[i] = of_bits(bits_of(delta[i]) & kept) * how.factor;
-        }
+        uint8_t anew[ROW / 8];
+        if (!how.marks) draw(how, index, count, anew);
+        keep_marked(delta, how.marks ? how.marks + index / 8 : anew, how.factor, count);
     }
 }
 
-/* For one model, the sums over rows of |delta|, and of |delta| of what is kept: sums[2][row]. */
+#ifdef MASKS
+/* As three halvings of the magnitudes of a row leave them, of all and of what is marked: each entry is widened once. */
+MASKS static void add_by_masks(const float *row, const uint8_t *marks, double *every, double *kept) {
+    __m256 sign = _mm256_set1_ps(-0.0f);
+    for (size_t i = 0; i < EIGHTH; i += 8) {
+        __m512d all[4], some[4];
+        for (size_t k = 0; k < 4; k++) {
+            size_t at = i + k * EIGHTH, far = at + ROW / 2;
+            __m512d near_by = _mm512_cvtps_pd(_mm256_andnot_ps(sign, _mm256_loadu_ps(row + at)));
+            __m512d far_off = _mm512_cvtps_pd(_mm256_andnot_ps(sign, _mm256_loadu_ps(row + far)));
+            __m512d first = _mm512_maskz_mov_pd(marks[at / 8], near_by);
+            all[k] = _mm512_add_pd(near_by, far_off);
+            some[k] = _mm512_mask_add_pd(first, marks[far / 8], first, far_off);
+        }
+        all[0] = _mm512_add_pd(all[0], all[2]), all[1] = _mm512_add_pd(all[1], all[3]);
+        some[0] = _mm512_add_pd(some[0], some[2]), some[1] = _mm512_add_pd(some[1], some[3]);
+        _mm512_storeu_pd(every + i, _mm512_add_pd(all[0], all[1]));
+        _mm512_storeu_pd(kept + i, _mm512_add_pd(some[0], some[1]));
+    }
+}
+#endif
+
+/* For one model, the sums over rows of |delta|, and of |delta| of what is kept: sums[2][row]. Draws its marks, if it has
+   room for them. */
 API WIDE void magnitudes(
     size_t entries, tensor input, tensor base, const thinning *how, int64_t index, double *sums
 ) {
-    float one[ROW], below[ROW];
-    double terms[EIGHTH];
+    float one[ROW];
+    double terms[EIGHTH], kept[EIGHTH];
     size_t rows = (entries + ROW - 1) / ROW;
     thinning keep = *how;
     keep.factor = 1.0f;
     for (size_t row = 0; row < rows; row++) {
         size_t start = row * ROW, count = block_at(start, entries, ROW);
-        if (base.data) load(below, base.data, base.dtype, start, count);
-        load_vector(one, input, base.data ? below : NULL, start, count);
+        load_delta(one, input, base, start, count);
         for (size_t i = count; i < ROW; i++) one[i] = 0.0f;
-        for (size_t i = 0; i < EIGHTH; i++) terms[i] = eight(magnitude, one, NULL, i);
+        if (keep.marks) draw(keep, (uint64_t)index + start, count, keep.marks + ((size_t)index + start) / 8);
+#ifdef MASKS
+        if (keep.marks && HAS_MASKS) {
+            add_by_masks(one, keep.marks + ((size_t)index + start) / 8, terms, kept);
+        } else
+#endif
+        {
+            for (size_t i = 0; i < EIGHTH; i++) terms[i] = eight(magnitude, one, NULL, i);
+            thin(one, keep, (uint64_t)index + start, count);
+            for (size_t i = 0; i < EIGHTH; i++) kept[i] = eight(magnitude, one, NULL, i);
+        }
         sums[row] = halved(terms);
-        thin(one, keep, (uint64_t)index + start, count);
-        for (size_t i = 0; i < EIGHTH; i++) terms[i] = eight(magnitude, one, NULL, i);
-        sums[rows + row] = halved(terms);
+        sums[rows + row] = halved(kept);
     }
 }
 

@@ -39,6 +39,7 @@ class Thinning(ctypes.Structure):
         ("last", c_int64),
         ("key", c_uint64),
         ("limit", c_uint64),
+        ("marks", c_void_p),
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import islice
 from typing import Any
 
 from ..device import CPU
@@ -73,12 +72,20 @@ def _form(step: Step, session: Session) -> Form | None:
     return found
 
 
+def _is_made(node: Node) -> bool:
+    return not isinstance(node, Source)
+
+
+def _read_as(node: Node) -> str:
+    return "F32" if isinstance(node, Step) else node.output.dtype  # a step gives its working dtype
+
+
 class _Input:
     """One of the tensors that are read: stored, or made in the same way."""
 
     def __init__(self, node: Node, session: Session, held: bool) -> None:
         self._node = node
-        self._dtype = "F32" if isinstance(node, Step) else node.output.dtype  # a step gives its working dtype
+        self._dtype = _read_as(node)
         self._inner = None if isinstance(node, Source) else _work(node, session, self._dtype)
         self._held, self._watch = held, session.watch
         self._filled = 0  # entries that are there already, where all are held
@@ -115,9 +122,10 @@ class Met:
     """The tensors that meet in one operation, read run by run."""
 
     def __init__(self, inputs: Inputs, session: Session, *, held: bool = False) -> None:
-        """Say what is read; `held`: it is kept, so that it is read once."""
-        self._models = [_Input(node, session, held) for node in inputs.models]
-        self._base = _Input(inputs.base, session, held) if inputs.base is not None else None
+        """Say what is read; `held`: what is made of it is kept, so that it is made once."""
+        self._models = [_Input(node, session, held and _is_made(node)) for node in inputs.models]
+        base = inputs.base
+        self._base = _Input(base, session, held and _is_made(base)) if base is not None else None
         self._every = [*self._models, *([self._base] if self._base else [])]
         self.size = sum(one.size for one in self._every)
 
@@ -143,8 +151,8 @@ class _Applied:
         self.streams: Sequence[int] = [stream(step.output.name, label) for label in step.labels]
         self._step, self._session, self._form, self._dtype = step, session, found, DTYPES[dtype]
         self._is_measured = False
-        total = sum(byte_size(node.output.dtype, self.entries) for node in step.inputs)
-        self.held = found.revisits and total <= 2 * session.keep  # there is no scratch beside it, as torch needs
+        total = sum(byte_size(_read_as(node), self.entries) for node in step.inputs if _is_made(node))
+        self.held = found.revisits and 0 < total <= 2 * session.keep  # there is no scratch beside it, as torch needs
         self._met = Met(step.inputs, session, held=self.held)
         self._scratch = found.scratch(self.entries)
         self.size = self._met.size + self._scratch + ALIGNMENT
@@ -164,10 +172,13 @@ class _Applied:
         except PortmanteauError as error:
             raise located(error, self._step) from error
 
-    def runs(self, every: int = 1, start: int = 0) -> Iterator[Run]:
-        """Read all inputs, run by run: one in so many, from the one on that begins at an entry."""
-        spans = (span for span in islice(self._session.spans(self.entries), 0, None, every) if span.start >= start)
-        return map(partial(self._met.run, look=False), spans)  # they are looked at when the result is made
+    def runs(self, share: int = 1, start: int = 0) -> Iterator[Run]:
+        """Read all inputs, run by run, from the one on that begins at an entry; one entry in so many of each run."""
+        for span in self._session.spans(self.entries):
+            if span.start >= start:
+                count = -(-(span.stop - span.start) // share)
+                span = slice(span.start, span.start + count)
+                yield self._met.run(span, look=False)  # they are looked at when the result is made
 
 
 class _OfWhole:

@@ -16,9 +16,10 @@ from ..kernels import NO_LIMIT, Cut, exact_sum
 from .library import DTYPES, HIGHER, NO_TENSOR, ROW, Histograms, Stored, Thinning, functions
 from .runs import Whole
 
-_SAMPLED = 16  # one row in so many, or one run, is looked at first
-_MARGIN = 0.05  # how far, as a share of what is wanted, the first look may be wrong
-_ROOM = 1 << 22  # entries near a boundary that may be held in memory; where there are more, a radix selection is made
+_SAMPLED = 16  # one entry in so many is looked at first
+_MARGIN = 0.1  # how far, as a share of what is wanted, the first look may be wrong at most
+_ROOM = 1 << 21  # entries near a boundary that may be held in memory; where there are more, a radix selection is made
+_MARKED = 1 << 27  # entries of which it may be held in memory what was drawn
 
 
 def inner_products(whole: Whole) -> InnerProducts:
@@ -33,8 +34,8 @@ def inner_products(whole: Whole) -> InnerProducts:
     return squared(2, [exact_sum(pair) for pair in sums])
 
 
-def l1_factors(whole: Whole, limits: Mapping[int, Thinning]) -> dict[int, float]:
-    """Measure ‖d‖₁ / ‖kept‖₁ of some models; 1 where nothing is kept."""
+def l1_norms(whole: Whole, limits: Mapping[int, Thinning]) -> dict[int, tuple[float, float]]:
+    """Measure ‖d‖₁ and ‖kept‖₁ of some models. What is drawn of them is marked, where there is room for marks."""
     every: dict[int, list[float]] = {model: [] for model in limits}
     kept: dict[int, list[float]] = {model: [] for model in limits}
     for run in whole.runs() if limits else ():
@@ -44,8 +45,12 @@ def l1_factors(whole: Whole, limits: Mapping[int, Thinning]) -> dict[int, float]
             functions().magnitudes(run.count, run.models[model], run.base, limit, run.start, sums)
             every[model] += sums[:rows]
             kept[model] += sums[rows:]
-    below = {model: exact_sum(sums) for model, sums in kept.items()}
-    return {model: exact_sum(every[model]) / below[model] if below[model] > 0 else 1.0 for model in limits}
+    return {model: (exact_sum(every[model]), exact_sum(kept[model])) for model in limits}
+
+
+def marks_size(entries: int) -> int:
+    """Tell how much scratch the marks of one model need, in whole rows; of a tensor too large they are drawn anew."""
+    return -(-entries // ROW) * ROW // 8 if entries <= _MARKED else 0
 
 
 def sifting_size(models: int, entries: int) -> int:
@@ -106,16 +111,17 @@ def _regions(whole: Whole, wanted: Mapping[int, int]) -> dict[int, tuple[int, in
     """Tell for each model between which bits its boundary probably lies, from some of the rows."""
     counts = _histograms(whole, wanted)
     seen = 0
-    runs, rows = (1, _SAMPLED) if whole.held else (_SAMPLED, 1)
-    for run in whole.runs(runs):
+    parts, rows = (1, _SAMPLED) if whole.held else (_SAMPLED, 1)
+    for run in whole.runs(parts):
         seen += sum(min(ROW, run.count - start) for start in range(0, run.count, ROW * rows))
         for model in wanted:
             functions().count_digits(run.count, run.models[model], run.base, rows, HIGHER, counts[model])
     found = {}
     for model, count in wanted.items():
+        margin = min(_MARGIN, _ROOM / (4 * count))  # what lies there should fill half of the room at most
         share = count * seen / whole.entries
-        low, *_ = _digit(counts[model], min(seen, math.ceil(share * (1 + _MARGIN)) + 1))
-        high, *_ = _digit(counts[model], max(1, math.floor(share * (1 - _MARGIN))))
+        low, *_ = _digit(counts[model], min(seen, math.ceil(share * (1 + margin)) + 1))
+        high, *_ = _digit(counts[model], max(1, math.floor(share * (1 - margin))))
         found[model] = low << 16, (high + 1) << 16
     return found
 

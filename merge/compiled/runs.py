@@ -24,15 +24,18 @@ class Whole(Protocol):
     """The tensors that meet, as often as they must be gone through."""
 
     streams: Sequence[int]
-    held: bool  # in memory, once they are read
+    held: bool  # in memory, what is made of them
     scratch: int  # the address of what a form needs beside them
 
     @property
     def entries(self) -> int:
         """How many each of them has."""
 
-    def runs(self, every: int = 1, start: int = 0) -> Iterator[Run]:
-        """Read them, run by run: one in so many, from the one on that begins at an entry."""
+    def runs(self, share: int = 1, start: int = 0) -> Iterator[Run]:
+        """Read them, run by run, from the one on that begins at an entry.
+
+        `share`: only so much of each run is read, from its beginning, if none is held: one entry in so many.
+        """
 
 
 class Form(Protocol):
