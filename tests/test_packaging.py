@@ -460,7 +460,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(built: Path) -> None:
     (wheel,) = built.glob("*.whl")
     shipped = {f"portmanteau/{path.relative_to(ROOT).as_posix()}" for path in SHIPPED}
     typed = {"portmanteau/merge/py.typed", "portmanteau/compositions/py.typed"}
-    compiled = {"portmanteau/merge/compiled/kernels.c", "portmanteau/merge/compiled/kernels.native"}
+    sources = ("kernels.c", "selection.c", "stored.h", "kernels.native")
+    compiled = {f"portmanteau/merge/compiled/{name}" for name in sources}
     page = {f"portmanteau/compositions/reports/page.{kind}" for kind in ("css", "html", "js")}
     about = {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE"}
     version = wheel.name.split("-")[1]

@@ -1,4 +1,4 @@
-"""Compiles kernels.c beside itself, where there is a C compiler; without one everything works, by torch.
+"""Compiles the C sources beside itself, where there is a C compiler; without one everything works, by torch.
 
 Hatchling calls it when a wheel or an editable install is made; `python merge/compiled/build_hook.py` does it by hand.
 """
@@ -26,9 +26,9 @@ def compiled() -> str:
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         return "there is no C compiler: merges will be made by torch alone, which is slower"
-    command = [*compiler.split(), *_FLAGS, "-o", str(LIBRARY), str(HERE / "kernels.c"), "-lm"]
+    command = [*compiler.split(), *_FLAGS, "-o", str(LIBRARY), *map(str, sorted(HERE.glob("*.c"))), "-lm"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return f"kernels.c was not compiled, so merges will be slower:\n{done.stderr}" if done.returncode else ""
+    return f"the C sources were not compiled, so merges will be slower:\n{done.stderr}" if done.returncode else ""
 
 
 class KernelsHook(BuildHookInterface[Any]):

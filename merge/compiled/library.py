@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-DTYPES = {"F32": 0, "BF16": 1, "F16": 2}  # what it loads and stores, by the numbers in kernels.c
+DTYPES = {"F32": 0, "BF16": 1, "F16": 2}  # what it loads and stores, by the numbers in stored.h
 ROW = 4096  # entries that are summed up together
 BLOCK = 1024  # entries that are worked on at once
 TILE = 16  # columns that are multiplied at once
